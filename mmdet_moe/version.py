@@ -1,0 +1,3 @@
+"""The version of mmdet-moe."""
+
+__version__ = '0.1.0'
