@@ -1,0 +1,13 @@
+"""Plans which expert serves which dataset, before training. Never imports torch."""
+
+from mmdet_moe.planning.errors import InfeasibleError, NoPlanFoundError, PlanError
+from mmdet_moe.planning.plan import ExpertPlan
+from mmdet_moe.planning.problem import PlanningProblem
+
+__all__ = [
+    'ExpertPlan',
+    'InfeasibleError',
+    'NoPlanFoundError',
+    'PlanError',
+    'PlanningProblem',
+]
