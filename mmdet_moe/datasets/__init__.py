@@ -2,5 +2,6 @@
 
 from mmdet_moe.datasets.domain import DomainDataset
 from mmdet_moe.datasets.multi_domain import MultiDomainDataset
+from mmdet_moe.datasets.sampler import MultiDomainSampler
 
-__all__ = ['DomainDataset', 'MultiDomainDataset']
+__all__ = ['DomainDataset', 'MultiDomainDataset', 'MultiDomainSampler']

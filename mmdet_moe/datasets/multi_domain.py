@@ -30,7 +30,8 @@ class MultiDomainDataset(Dataset):
         label_space: The label space or its config. Its domains may be more than those given here
             (hold-outs, tests of one domain): ids do not shift.
         domains: Domain name -> the config of its dataset: any mmdet dataset, also wrapped in
-            ``ConcatDataset``, ``RepeatDataset``, ``ClassBalancedDataset``, ``MultiImageMixDataset``.
+            ``ConcatDataset``, ``RepeatDataset``, ``ClassBalancedDataset`` or
+            ``MultiImageMixDataset`` (whose inner dataset then needs a loading pipeline of its own).
         pipeline: The transforms of every dataset that has no ``pipeline`` of its own. Each domain
             gets its own instance, so a transform that keeps images (``CachedMosaic``) never mixes
             domains. Assigning to the attribute changes it for all of them (as mmdet's

@@ -1,0 +1,5 @@
+"""Evaluation over several domains."""
+
+from mmdet_moe.evaluation.multi_domain_evaluator import MultiDomainEvaluator
+
+__all__ = ['MultiDomainEvaluator']
