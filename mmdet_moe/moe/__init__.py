@@ -1,0 +1,59 @@
+"""Mixture-of-Experts layers in plain torch: routers, dispatch, replacement, upcycling.
+
+Nothing here knows of mmengine, mmcv or mmdet.
+"""
+
+from mmdet_moe.moe.balance import (
+    BalanceLoss,
+    ImportanceLoss,
+    LoadLoss,
+    cv_squared,
+    importance_loss,
+    load_loss,
+)
+from mmdet_moe.moe.dispatch import run_experts
+from mmdet_moe.moe.layer import MoELayer, moe_layers
+from mmdet_moe.moe.registry import BALANCE, ROUTERS, build_router
+from mmdet_moe.moe.replace import TargetError, check_datasets, replace_modules
+from mmdet_moe.moe.routers import PlanRouter, Router, TopKRouter
+from mmdet_moe.moe.routing import Routing, RoutingContext
+from mmdet_moe.moe.state import RoutingState
+from mmdet_moe.moe.targets import (
+    TARGET_ADAPTERS,
+    Target,
+    describe_target,
+    register_target,
+    register_unsafe,
+)
+from mmdet_moe.moe.upcycle import upcycle_, upcycle_from_checkpoints
+
+__all__ = [
+    'BALANCE',
+    'ROUTERS',
+    'TARGET_ADAPTERS',
+    'BalanceLoss',
+    'ImportanceLoss',
+    'LoadLoss',
+    'MoELayer',
+    'PlanRouter',
+    'Router',
+    'Routing',
+    'RoutingContext',
+    'RoutingState',
+    'Target',
+    'TargetError',
+    'TopKRouter',
+    'build_router',
+    'check_datasets',
+    'cv_squared',
+    'describe_target',
+    'importance_loss',
+    'load_loss',
+    'moe_layers',
+    'register_target',
+    'register_unsafe',
+    'replace_modules',
+    'run_experts',
+    'upcycle_',
+    'upcycle_from_checkpoints',
+]

@@ -1,0 +1,166 @@
+"""Run each expert on just its items, and add the results back.
+
+Axes: T items, E experts, n (item, expert) pairs, d channels.
+
+Items are gathered once, grouped by expert, so that each expert sees one contiguous piece; the
+outputs are scaled by their combine weights and added back. Memory is n·d, whatever E is: there is
+no one-hot tensor over experts and capacity. A batch that goes to one expert is that expert's plain
+call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdet_moe.moe.routing import Routing
+
+
+class _Permute(torch.autograd.Function):
+    """``x[order]`` for a permutation: the gradient is a gather too, not a scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(order, inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        order, inverse = ctx.saved_tensors
+        return _Permute.apply(grad, inverse, order), None, None
+
+
+def run_experts(
+    experts: Sequence[nn.Module] | nn.ModuleList,
+    items: Tensor,
+    routing: Routing,
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+    per_item: Callable[[int | str, Any], bool] | None = None,
+) -> Any:
+    """Combine the experts' outputs over the items routed to them.
+
+    .. math:: y_t = \\sum_{(t, e)} w_{te} f_e(x_t)
+
+    Args:
+        experts: E modules; each takes (n_e, ...) items and gives (n_e, ...) outputs, or nested
+            tuples, lists and dicts of such tensors. An expert with no item is not called.
+        items: (T, ...) items on dimension 0.
+        routing: Who takes what.
+        args: Further positional arguments of the experts.
+        kwargs: Further keyword arguments.
+        per_item: Whether the argument at a position (0 is the first of ``args``) or of a name has
+            one row per item and is gathered with them; others go to every expert whole.
+
+    Returns:
+        As an expert's output, with T rows; zeros for items no expert took.
+    """
+    kwargs = kwargs or {}
+    if routing.expert is not None:
+        return experts[routing.expert](items, *args, **kwargs)
+    pairs = sum(routing.counts)
+    if pairs == 0:
+        return _nothing(experts[0], items, args, kwargs, per_item)
+
+    routing.to(items.device)
+    assert routing.items is not None
+    order, inverse = routing.items, None
+    if routing.permutation and not routing.in_order:
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(order.numel(), device=order.device)
+
+    def pieces(x: Tensor) -> Sequence[Tensor]:
+        if not routing.in_order:
+            if inverse is not None:
+                x = _Permute.apply(x, order, inverse)
+            else:
+                x = x.index_select(0, order)
+        return x.split(routing.counts)
+
+    chunks = pieces(items)
+    args_of = [
+        pieces(value) if per_item is not None and per_item(i, value) else None
+        for i, value in enumerate(args)
+    ]
+    kwargs_of = {
+        key: pieces(value) if per_item is not None and per_item(key, value) else None
+        for key, value in kwargs.items()
+    }
+    outputs = []
+    for e, count in enumerate(routing.counts):
+        if not count:
+            continue
+        own_args = [args[i] if part is None else part[e] for i, part in enumerate(args_of)]
+        own_kwargs = {k: kwargs[k] if part is None else part[e] for k, part in kwargs_of.items()}
+        outputs.append(experts[e](chunks[e], *own_args, **own_kwargs))
+
+    def combine(parts: Sequence[Tensor]) -> Tensor:
+        y = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+        if y.shape[0] != pairs:
+            raise ValueError(
+                f'the experts gave {y.shape[0]} rows for {pairs} items: an expert must keep '
+                f'dimension 0'
+            )
+        if routing.weights is not None:
+            y = y * routing.weights.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
+        if routing.in_order:
+            return y
+        if inverse is not None:
+            return _Permute.apply(y, inverse, order)
+        out = y.new_zeros((routing.num_items, *y.shape[1:]))
+        return out.index_add_(0, order, y)
+
+    return _map_trees(combine, outputs)
+
+
+def _nothing(
+    expert: nn.Module,
+    items: Tensor,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    per_item: Callable[[int | str, Any], bool] | None,
+) -> Any:
+    """Zeros of the shape an expert would give, for a batch in which no item has an expert.
+
+    The expert runs in evaluation mode and without gradients: it has no item, so neither its
+    statistics nor its weights may move.
+    """
+
+    def probe(x: Tensor) -> Tensor:
+        return x.new_zeros((1, *x.shape[1:]))
+
+    def argument(key: int | str, value: Any) -> Any:
+        return probe(value) if per_item is not None and per_item(key, value) else value
+
+    modes = [(module, module.training) for module in expert.modules()]
+    expert.eval()
+    try:
+        with torch.no_grad():
+            out = expert(
+                probe(items),
+                *[argument(i, value) for i, value in enumerate(args)],
+                **{key: argument(key, value) for key, value in kwargs.items()},
+            )
+    finally:
+        for module, training in modes:
+            module.training = training
+    rows = items.shape[0]
+    return _map_trees(lambda parts: parts[0].new_zeros((rows, *parts[0].shape[1:])), [out])
+
+
+def _map_trees(function: Callable[[Sequence[Tensor]], Tensor], trees: Sequence[Any]) -> Any:
+    """Apply ``function`` to the tensors at the same place of equal nested structures."""
+    first = trees[0]
+    if isinstance(first, Tensor):
+        return function(trees)
+    if isinstance(first, (tuple, list)):
+        parts = [_map_trees(function, leaves) for leaves in zip(*trees, strict=True)]
+        return type(first)(*parts) if hasattr(first, '_fields') else type(first)(parts)
+    if isinstance(first, dict):
+        return {key: _map_trees(function, [tree[key] for tree in trees]) for key in first}
+    if first is None:
+        return None
+    raise TypeError(f'an expert gave a {type(first).__name__}; tensors and nests of them combine')

@@ -1,0 +1,434 @@
+"""The Mixture-of-Experts layer: a module of E experts with the interface of one.
+
+Axes: B images, T items, E experts, d channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from mmdet_moe.moe.balance import BalanceLoss
+from mmdet_moe.moe.dispatch import run_experts
+from mmdet_moe.moe.registry import BALANCE, build_router
+from mmdet_moe.moe.routers import Router
+from mmdet_moe.moe.routing import Routing, RoutingContext
+from mmdet_moe.moe.state import RoutingState
+
+GRANULARITIES = ('token', 'image')
+#: Children of a MoE layer; every other key below its name belongs to the dense module.
+OWN_CHILDREN = ('experts', 'router', 'balance')
+
+
+class MoELayer(nn.Module):
+    r"""E experts and a router in the place of one dense module.
+
+    .. math:: y_t = \sum_{e \in \mathrm{router}(x_t)} w_{te} f_e(x_t) \;(+\; \mathrm{identity}_t)
+
+    Call it as the dense module: further arguments are handed to the experts.
+
+    State dict: ``experts.<e>.<key of the dense module>``, ``router.*``, ``balance.*``. The keys of
+    the dense module itself load too: into every expert.
+
+    Args:
+        experts: E modules with equal interfaces.
+        router: A router or its dict; ``num_experts`` and ``in_channels`` are filled in.
+        state: The model's routing state; one of its own where None (then call ``state.begin``
+            yourself).
+        granularity: 'image': the items are the B entries of dimension 0 (maps (B, C, H, W),
+            sequences (B, N, d), vectors (B, d)); what the router sees is their mean over places.
+            'token': the items are all d-vectors along the last dimension. None: the router's
+            preference, else ``default_granularity``.
+        default_granularity: What suits the experts.
+        granularities: Those the experts can do.
+        balance: Balance losses, or their dicts.
+        name: Full name in the model, for messages and statistics.
+        in_channels: d, where the router learns.
+        channel_dim: Dimension of the channels; by default 1 for maps (4 dimensions or more), else
+            the last.
+        per_item_args: Positions (0 follows the input) and names of further arguments with one
+            entry per item. Tensors of the input's shape are taken to be; any other tensor must be
+            declared here or in ``shared_args``, for its first dimension proves nothing.
+        shared_args: Positions and names of arguments that go to each expert whole.
+        residual: The dense module adds its ``identity`` argument (by default its input) to what it
+            computes; the experts do not, and the layer does it once, whatever the weights sum to.
+        noise: Symmetry-breaking noise of upcycling, as a share of each parameter's standard
+            deviation. See :mod:`mmdet_moe.moe.upcycle`.
+        noise_seed: Its seed.
+        dense_type: Name of the dense module's class, for messages.
+
+    Raises:
+        ValueError: If the pieces do not fit.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[nn.Module],
+        router: Router | Mapping[str, Any],
+        state: RoutingState | None = None,
+        *,
+        granularity: str | None = None,
+        default_granularity: str = 'image',
+        granularities: Sequence[str] = GRANULARITIES,
+        balance: Sequence[BalanceLoss | Mapping[str, Any]] = (),
+        name: str = 'moe',
+        in_channels: int | None = None,
+        channel_dim: int | None = None,
+        per_item_args: Sequence[int | str] = (),
+        shared_args: Sequence[int | str] = (),
+        residual: bool = False,
+        noise: float = 0.0,
+        noise_seed: int = 0,
+        dense_type: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not experts:
+            raise ValueError(f'MoE layer {name!r} has no experts')
+        self.name = name
+        self.state = RoutingState() if state is None else state
+        self.experts = nn.ModuleList(experts)
+        defaults: dict[str, Any] = {'num_experts': len(experts)}
+        if in_channels is not None:
+            defaults['in_channels'] = in_channels
+        self.router: Router = build_router(router, **defaults)
+        if self.router.num_experts != len(experts):
+            raise ValueError(
+                f'MoE layer {name!r} has {len(experts)} experts, its router '
+                f'{self.router.num_experts}'
+            )
+        granularity = granularity or self.router.granularity or default_granularity
+        if granularity not in granularities:
+            raise ValueError(
+                f'MoE layer {name!r}: granularity {granularity!r} does not suit a '
+                f'{dense_type or type(experts[0]).__name__}; possible: {tuple(granularities)}'
+            )
+        self.granularity = granularity
+        losses: list[BalanceLoss] = [BALANCE.build(loss) for loss in balance]
+        self.balance = nn.ModuleList(losses)
+        for loss in losses:
+            if not self.router.learned:
+                raise ValueError(
+                    f'MoE layer {name!r}: {type(loss).__name__} has nothing to act on, '
+                    f'{type(self.router).__name__} learns nothing'
+                )
+            loss.check(self.router)
+        if noise < 0:
+            raise ValueError(f'MoE layer {name!r}: noise must be >= 0, got {noise}')
+        self.channel_dim = channel_dim
+        self.per_item_args = frozenset(per_item_args)
+        self.shared_args = frozenset(shared_args)
+        self.residual = residual
+        self.noise = noise
+        self.noise_seed = noise_seed
+        self.dense_type = dense_type or type(experts[0]).__name__
+        self._sync_checked = False
+        for module in self.experts.modules():
+            if isinstance(module, _BatchNorm):
+                module.register_forward_pre_hook(_running_statistics_for_one_value)
+                module.register_forward_hook(_own_statistics_again)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.experts)
+
+    @property
+    def keeps_dense_function(self) -> bool:
+        """Whether upcycled experts compute what the dense module did."""
+        return self.router.keeps_dense_function and not self.noise
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Route, run, combine.
+
+        Args:
+            x: (B, C, H, W), (B, N, d), (B, d) or (..., d) for tokens.
+            args, kwargs: As the dense module's.
+
+        Returns:
+            As the dense module's.
+        """
+        identity = None
+        if self.residual:
+            identity, args, kwargs = _take_identity(x, args, kwargs)
+        shape = x.shape
+        per_image = 1
+        self._check_args(x, args, kwargs)
+        if self.granularity == 'token':
+            per_image = shape[1:-1].numel()
+            args = tuple(self._flatten(i, value, x) for i, value in enumerate(args))
+            kwargs = {key: self._flatten(key, value, x) for key, value in kwargs.items()}
+            items = x.reshape(-1, shape[-1])
+        else:
+            items = x
+        context = RoutingContext(
+            state=self.state,
+            num_items=items.shape[0],
+            training=self.training,
+            items_per_image=per_image,
+            recompute=self.state.sealed,
+            device=x.device,
+            layer=self.name,
+            balance=tuple(self.balance),
+        )
+        features = self._features(items) if self.router.needs_features else None
+        routing = self.router(features, context)
+        losses = self._account(routing, context)
+
+        def per_item(key: int | str, value: Any) -> bool:
+            return isinstance(value, Tensor) and self._is_per_item(key, value, items)
+
+        if self.training:
+            self._refuse_sync_batch_norm()
+        frozen = _frozen_statistics(self) if context.recompute else contextlib.nullcontext()
+        with frozen:
+            out = run_experts(self.experts, items, routing, args, kwargs, per_item)
+        out = self.state.attach(out, losses)
+        if self.granularity == 'token' and x.ndim != 2:
+            out = out.reshape(*shape[:-1], out.shape[-1])
+        return out if identity is None else identity + out
+
+    # Parts of forward
+
+    def _features(self, items: Tensor) -> Tensor:
+        """(T, d) what the router sees: the mean over each item's places."""
+        if items.ndim <= 2:
+            return items
+        dim = self.channel_dim
+        if dim is None:
+            dim = 1 if items.ndim >= 4 else -1
+        places = [i for i in range(1, items.ndim) if i != dim % items.ndim]
+        return items.mean(places)
+
+    def _account(self, routing: Routing, context: RoutingContext) -> dict[str, Tensor]:
+        """Leave losses and statistics in the state; the losses, for the recomputation."""
+        if routing.num_items != context.num_items or routing.num_experts != self.num_experts:
+            raise ValueError(
+                f'MoE layer {self.name!r}: {type(self.router).__name__} routed '
+                f'{routing.num_items} items to {routing.num_experts} experts, the layer has '
+                f'{context.num_items} and {self.num_experts}'
+            )
+        losses: dict[str, Tensor] = {}
+        if self.training:
+            losses.update(routing.losses)
+            for loss in context.balance:
+                for key, value in loss(routing, context).items():
+                    losses[key] = losses[key] + value if key in losses else value
+            self.state.add_losses(self.name, losses)
+        if not context.recompute:
+            stats = {'weight': routing.importance(), 'count': torch.tensor(routing.counts)}
+            self.state.add_stats(self.name, {**stats, **routing.stats})
+        return losses
+
+    def _is_per_item(self, key: int | str, value: Tensor, items: Tensor) -> bool:
+        if key in self.per_item_args:
+            return True
+        return key not in self.shared_args and value.shape == items.shape
+
+    def _check_args(self, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Refuse a tensor of which nobody said whether it goes with the items."""
+        declared = self.per_item_args | self.shared_args
+        for key, value in [*enumerate(args), *kwargs.items()]:
+            if not isinstance(value, Tensor) or key in declared or value.shape == x.shape:
+                continue
+            raise ValueError(
+                f'MoE layer {self.name!r}: does argument {key!r}, shape {tuple(value.shape)}, have '
+                f'one entry per item (input {tuple(x.shape)})? Name it in per_item_args or in '
+                f'shared_args'
+            )
+
+    def _flatten(self, key: int | str, value: Any, x: Tensor) -> Any:
+        if not isinstance(value, Tensor) or key in self.shared_args:
+            return value
+        if value.shape[: x.ndim - 1] != x.shape[:-1]:
+            raise ValueError(
+                f'MoE layer {self.name!r}: argument {key!r}, shape {tuple(value.shape)}, has no '
+                f'entry for each token of the input {tuple(x.shape)}'
+            )
+        return value.reshape(-1, *value.shape[x.ndim - 1 :])
+
+    def _refuse_sync_batch_norm(self) -> None:
+        """SyncBN waits for every rank, and an expert idle on one rank never comes: a deadlock."""
+        dist = torch.distributed
+        if self._sync_checked or not (dist.is_available() and dist.is_initialized()):
+            return
+        self._sync_checked = True
+        if dist.get_world_size() == 1:
+            return
+        for key, module in self.experts.named_modules():
+            if isinstance(module, nn.SyncBatchNorm) and module.training:
+                raise RuntimeError(
+                    f'expert module {self.name}.experts.{key} is a SyncBatchNorm: experts do not '
+                    f'run on every rank, and it would wait for ever. Use BatchNorm in experts'
+                )
+
+    # Loading
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """As usual, after turning the keys of the dense module into keys of every expert.
+
+        Both ``nn.Module.load_state_dict`` and mmengine's own recursion come through here.
+        """
+        expand_dense_keys(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # Initialisation
+
+    def init_weights(self) -> None:
+        """Initialise the experts that know how; mmengine's recursion stops at modules without
+        this method."""
+        for expert in self.experts:
+            if hasattr(expert, 'init_weights'):
+                expert.init_weights()  # type: ignore[operator]
+
+    # What a parent must not do
+
+    def __getattr__(self, key: str) -> Any:
+        try:
+            return super().__getattr__(key)
+        except AttributeError:
+            experts = self.__dict__.get('_modules', {}).get('experts')
+            if experts is None or not len(experts) or not hasattr(experts[0], key):
+                raise
+            raise AttributeError(
+                f'{key!r} is asked of MoE layer {self.name!r}, which stands in the place of a '
+                f'{self.dense_type}: each of its {len(experts)} experts has its own. A module '
+                f'whose attributes are read from outside cannot be a MoE target'
+            ) from None
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        raise TypeError(
+            f'MoE layer {self.name!r} stands in the place of a {self.dense_type} and cannot be '
+            f'indexed: each of its experts has its own parts. A module that is indexed from '
+            f'outside cannot be a MoE target'
+        )
+
+    def extra_repr(self) -> str:
+        parts = [f'granularity={self.granularity}']
+        parts += ['residual'] if self.residual else []
+        return ', '.join(parts)
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """The MoE layers of ``model`` by name, each once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, MoELayer)}
+
+
+def expand_dense_keys(layer: MoELayer, state_dict: dict[str, Any], prefix: str) -> bool:
+    """Replace ``<prefix><key>`` by ``<prefix>experts.<e>.<key>`` for every expert, in place.
+
+    The router's and the balance losses' own values fill in for what a dense checkpoint cannot
+    have, so that a strict load passes. With ``layer.noise`` each expert's copy is disturbed.
+
+    Returns:
+        Whether there were dense keys.
+
+    Raises:
+        ValueError: If a dense tensor does not fit the experts, or the checkpoint holds another
+            number of experts.
+    """
+    own = tuple(f'{prefix}{child}.' for child in OWN_CHILDREN)
+    below = [key for key in state_dict if key.startswith(prefix)]
+    found = {key[len(own[0]) :].partition('.')[0] for key in below if key.startswith(own[0])}
+    extra = sorted(found - {str(e) for e in range(layer.num_experts)})
+    if extra:
+        raise ValueError(
+            f'the checkpoint has experts {sorted(found)} at {prefix.rstrip(".")!r}, the model '
+            f'{layer.num_experts} experts'
+        )
+    dense = [key for key in below if not key.startswith(own)]
+    if not dense:
+        return False
+    if found:
+        raise ValueError(
+            f'the checkpoint has both experts and the dense module at {prefix.rstrip(".")!r}: '
+            f'{dense[0]!r}'
+        )
+    values = {key[len(prefix) :]: state_dict.pop(key) for key in dense}
+    for e, expert in enumerate(layer.experts):
+        targets = dict(expert.state_dict(keep_vars=True))
+        for key, value in values.items():
+            target = targets.get(key)
+            shape = getattr(value, 'shape', None)
+            if isinstance(target, Tensor) and shape is not None and target.shape != shape:
+                raise ValueError(
+                    f'{prefix}{key}: the dense checkpoint has shape {tuple(shape)}, the experts '
+                    f'{tuple(target.shape)}'
+                )
+            if layer.noise and isinstance(target, nn.Parameter):
+                value = disturbed(value, layer.noise, layer.noise_seed, f'{layer.name}.{e}.{key}')
+            state_dict[f'{prefix}experts.{e}.{key}'] = value
+    for child in OWN_CHILDREN[1:]:
+        for key, value in getattr(layer, child).state_dict().items():
+            state_dict.setdefault(f'{prefix}{child}.{key}', value)
+    return True
+
+
+def disturbed(value: Tensor, noise: float, seed: int, key: str) -> Tensor:
+    """``value`` plus normal noise of ``noise`` times its own standard deviation.
+
+    The same on every rank and machine for the same seed and key. A constant tensor (a zero bias)
+    stays.
+    """
+    if not value.is_floating_point() or value.numel() < 2:
+        return value
+    generator = torch.Generator().manual_seed(zlib.crc32(f'{seed}:{key}'.encode()))
+    sample = torch.randn(value.shape, generator=generator, dtype=torch.float32)
+    std = value.detach().float().std()
+    return value + (sample.to(value.device) * (noise * std)).to(value.dtype)
+
+
+def _take_identity(
+    x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The identity argument (second position or by name, x where absent), and the others."""
+    if args:
+        identity, args = args[0], args[1:]
+    else:
+        kwargs = dict(kwargs)
+        identity = kwargs.pop('identity', None)
+    return (x if identity is None else identity), args, kwargs
+
+
+# Batch norm in experts
+
+
+def _running_statistics_for_one_value(module: _BatchNorm, inputs: tuple[Any, ...]) -> None:
+    """One value per channel has no variance: use the running statistics, for this call.
+
+    The dense module sees the whole batch, an expert possibly one image, and at 1x1 torch refuses.
+    """
+    x = inputs[0]
+    if module.training and module.running_mean is not None and x.numel() == x.shape[1]:
+        module.training = False
+        module.__dict__['_moe_one_value'] = True
+
+
+def _own_statistics_again(module: _BatchNorm, inputs: tuple[Any, ...], output: Tensor) -> None:
+    if module.__dict__.pop('_moe_one_value', False):
+        module.training = True
+
+
+@contextlib.contextmanager
+def _frozen_statistics(layer: MoELayer) -> Iterator[None]:
+    """Let batch norms compute what they did, without moving their running statistics again."""
+    norms = [
+        m
+        for m in layer.experts.modules()
+        if isinstance(m, _NormBase) and m.training and m.track_running_stats
+    ]
+    kept = [(m, m.momentum, m._buffers.get('num_batches_tracked')) for m in norms]
+    try:
+        for m in norms:
+            m.momentum = 0.0
+            m._buffers['num_batches_tracked'] = None
+        yield
+    finally:
+        for m, momentum, tracked in kept:
+            m.momentum = momentum
+            m._buffers['num_batches_tracked'] = tracked

@@ -1,0 +1,257 @@
+"""Put MoE layers into an existing model, by name."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mmdet_moe.moe.layer import MoELayer, moe_layers
+from mmdet_moe.moe.registry import ROUTERS
+from mmdet_moe.moe.state import RoutingState
+from mmdet_moe.moe.targets import Target, describe_target, why_unsafe
+
+#: What a spec may say, besides ``targets`` and ``router``, which it must.
+OPTIONS = (
+    'num_experts',
+    'granularity',
+    'balance',
+    'noise',
+    'noise_seed',
+    'in_channels',
+    'channel_dim',
+    'per_item_args',
+    'shared_args',
+    'check_parent',
+)
+
+
+class TargetError(ValueError):
+    """A spec names no module, or one that cannot be replaced."""
+
+
+@dataclass
+class _Place:
+    """One module to replace: every (parent, child name) it stands at."""
+
+    name: str
+    module: nn.Module
+    parents: list[tuple[nn.Module, str]]
+    spec: dict[str, Any]
+
+
+def replace_modules(
+    model: nn.Module, specs: Sequence[Mapping[str, Any]], state: RoutingState
+) -> list[str]:
+    """Replace modules of ``model`` by MoE layers whose experts are copies of them, in place.
+
+    The first expert keeps the module's own parameters, so nothing loaded or initialised is lost. A
+    module that stands in several places is replaced in all, by one layer. Everything is checked
+    before anything is changed.
+
+    Args:
+        model: Any model.
+        specs: Each a dict with
+
+            * ``targets``: regular expression, or a list of them, for the *whole* module name;
+            * ``router``: dict of a router, e.g. ``dict(type='PlanRouter', plan='plan.json')``;
+            * ``num_experts``: E (with a PlanRouter the plan's, unless given to be checked);
+            * ``granularity``: 'token' or 'image'; by default the router's or the target's own;
+            * ``balance``: list of balance losses;
+            * ``noise``, ``noise_seed``: of upcycling, see :mod:`mmdet_moe.moe.upcycle`;
+            * ``in_channels``, ``channel_dim``, ``per_item_args``, ``shared_args``: where a generic
+              module does not tell, see :class:`~mmdet_moe.moe.layer.MoELayer`;
+            * ``check_parent``: False replaces although the parent seems to read the module's
+              attributes.
+        state: The routing state the layers share.
+
+    Returns:
+        Full names of the layers, in the order of the model.
+
+    Raises:
+        TargetError: No match (near names are listed), a module matched twice or inside another,
+            one that cannot be called, or whose parent reads its attributes or indexes it.
+        TypeError, KeyError, ValueError: A spec that says something impossible.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> state = RoutingState()
+        >>> spec = dict(targets=r'[02]', num_experts=3, router=dict(type='TopKRouter', k=1))
+        >>> replace_modules(model, [spec], state)
+        ['0', '2']
+    """
+    checked = [_checked_spec(spec, i) for i, spec in enumerate(specs)]
+    places = _find_places(model, checked)
+    # Build all before touching the model, so that an error leaves it as it was.
+    layers = [_build(place, state) for place in places]
+    for place, layer in zip(places, layers, strict=True):
+        for parent, child in place.parents:
+            setattr(parent, child, layer)
+    return [place.name for place in places]
+
+
+def check_datasets(model: nn.Module, domains: Sequence[str]) -> None:
+    """Let every router of ``model`` refuse data it was not made for.
+
+    Raises:
+        ValueError: A plan's datasets are not ``domains``; both sides are listed.
+    """
+    for name, layer in moe_layers(model).items():
+        try:
+            layer.router.check_datasets(domains)
+        except ValueError as error:
+            raise ValueError(f'{name}: {error}') from None
+
+
+def _checked_spec(spec: Mapping[str, Any], index: int) -> dict[str, Any]:
+    if not isinstance(spec, Mapping):
+        raise TypeError(f'MoE spec {index} must be a dict, got {spec!r}')
+    known = ('targets', 'router', *OPTIONS)
+    given = {key: value for key, value in spec.items() if key != '_scope_'}
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise TypeError(f'MoE spec {index} has unknown keys {unknown}; known: {list(known)}')
+    for key in ('targets', 'router'):
+        if key not in given:
+            raise KeyError(f'MoE spec {index} has no {key!r}: {given}')
+    targets = given['targets']
+    given['targets'] = [targets] if isinstance(targets, str) else list(targets)
+    if not given['targets']:
+        raise ValueError(f'MoE spec {index} has an empty list of targets')
+    for pattern in given['targets']:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f'MoE spec {index}: {pattern!r} is not a regular expression: {error}'
+            ) from None
+    return given
+
+
+def _find_places(model: nn.Module, specs: Sequence[dict[str, Any]]) -> list[_Place]:
+    parents_of: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        # Not named_children(), which leaves out a module's second name in the same parent.
+        for child, module in parent._modules.items():
+            if module is not None:
+                parents_of.setdefault(id(module), []).append((parent, child))
+
+    names = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    inside = [f'{name}.' for name, module in names if isinstance(module, MoELayer)]
+    names = [(n, m) for n, m in names if not n.startswith(tuple(inside))]
+    places: dict[int, _Place] = {}
+    for index, spec in enumerate(specs):
+        for pattern in spec['targets']:
+            matched = [(n, m) for n, m in names if re.fullmatch(pattern, n)]
+            if not matched:
+                raise TargetError(_no_match(pattern, [n for n, _ in names], index))
+            for name, module in matched:
+                known = places.get(id(module))
+                if known is None:
+                    places[id(module)] = _Place(name, module, parents_of[id(module)], spec)
+                elif known.spec is not spec:
+                    raise TargetError(f'{name!r} is matched by two MoE specs')
+    order = {name: i for i, (name, _) in enumerate(names)}
+    found = sorted(places.values(), key=lambda place: order[place.name])
+    by_name = {place.name for place in found}
+    for place in found:
+        _refuse_unsafe(place, by_name)
+    return found
+
+
+def _refuse_unsafe(place: _Place, targets: set[str]) -> None:
+    name = place.name
+    parts = name.split('.')
+    outer = next((n for i in range(1, len(parts)) if (n := '.'.join(parts[:i])) in targets), None)
+    if outer is not None:
+        raise TargetError(f'MoE target {name!r} is inside MoE target {outer!r}')
+    if isinstance(place.module, MoELayer):
+        raise TargetError(f'MoE target {name!r} is a MoE layer already')
+    if isinstance(place.module, (nn.ModuleList, nn.ModuleDict)):
+        kind = type(place.module).__name__
+        inner = [f'{name}.{child}' for child, _ in place.module.named_children()]
+        raise TargetError(
+            f'MoE target {name!r} is a {kind}, which holds modules and computes nothing itself; '
+            f'it holds {inner[:5]}'
+        )
+    if not place.spec.get('check_parent', True):
+        return
+    for parent, child in place.parents:
+        reason = why_unsafe(parent, child, name)
+        if reason is not None:
+            raise TargetError(
+                f'{name!r} cannot be a MoE target: {reason}, and a MoE layer has no such thing '
+                f'(each expert has its own). Choose the module around it or another one'
+            )
+
+
+def _no_match(pattern: str, names: Sequence[str], index: int) -> str:
+    plain = re.sub(r'\\(.)', r'\1', pattern)
+    close = difflib.get_close_matches(plain, names, n=6, cutoff=0.5)
+    if not close:
+        last = re.findall(r'\w+', plain)[-1:]
+        close = [name for name in names if last and last[0] in name.split('.')][:6]
+    near = f'near names: {close}' if close else f'names begin like {list(names)[:6]}'
+    inner = [n for n in names if re.search(pattern, n)]
+    partly = f'; it matches a part of {inner[:3]}, the whole name is needed' if inner else ''
+    return f'MoE spec {index}: no module is called {pattern!r}{partly}; {near}'
+
+
+def _build(place: _Place, state: RoutingState) -> MoELayer:
+    spec, kind = place.spec, type(place.module).__name__
+    # An adapter may change the module it is given: it gets a copy, and the original's tensors.
+    target = describe_target(_sharing_copy(place.module), place.name)
+    num_experts = spec.get('num_experts')
+    router_cfg = dict(spec['router']) if isinstance(spec['router'], Mapping) else spec['router']
+    in_channels = spec.get('in_channels', target.in_channels)
+    defaults = {'num_experts': num_experts, 'in_channels': in_channels}
+    defaults = {key: value for key, value in defaults.items() if value is not None}
+    try:
+        router = ROUTERS.build(router_cfg, **defaults)
+    except TypeError as error:
+        missing = [key for key in ('num_experts', 'in_channels') if f"'{key}'" in str(error)]
+        if missing and 'missing' in str(error):
+            raise TypeError(f'MoE target {place.name!r}: give {missing} in the spec') from None
+        raise
+    if isinstance(spec['router'], nn.Module):
+        router = copy.deepcopy(router)
+    if num_experts is not None and router.num_experts != num_experts:
+        raise ValueError(
+            f'MoE target {place.name!r}: num_experts={num_experts}, but its router has '
+            f'{router.num_experts}'
+        )
+    experts = [target.module]
+    experts += [copy.deepcopy(target.module) for _ in range(router.num_experts - 1)]
+    return target.layer(
+        experts,
+        router,
+        state,
+        granularity=spec.get('granularity'),
+        default_granularity=target.default_granularity,
+        granularities=target.granularities,
+        balance=spec.get('balance') or (),
+        name=place.name,
+        in_channels=in_channels,
+        channel_dim=spec.get('channel_dim', target.channel_dim),
+        per_item_args=spec.get('per_item_args', target.per_item_args),
+        shared_args=spec.get('shared_args', target.shared_args),
+        residual=target.residual,
+        noise=spec.get('noise', 0.0),
+        noise_seed=spec.get('noise_seed', 0),
+        dense_type=kind,
+    )
+
+
+def _sharing_copy(module: nn.Module) -> nn.Module:
+    """A deep copy of ``module`` that shares its parameters and buffers."""
+    memo: dict[int, Any] = {id(p): p for p in module.parameters()}
+    memo.update({id(b): b for b in module.buffers()})
+    return copy.deepcopy(module, memo)
+
+
+__all__ = ['OPTIONS', 'Target', 'TargetError', 'check_datasets', 'replace_modules']

@@ -1,0 +1,56 @@
+"""What a router is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from mmdet_moe.moe.routing import Routing, RoutingContext
+
+
+class Router(nn.Module):
+    """Maps items to a :class:`~mmdet_moe.moe.routing.Routing`.
+
+    A new router is one file: subclass this, decorate with ``@ROUTERS.register``, implement
+    :meth:`forward` (and :meth:`reset_parameters` if it has parameters), import it in
+    ``routers/__init__.py``.
+
+    Args:
+        num_experts: E.
+    """
+
+    #: Whether :meth:`forward` wants item features (T, d). Where False, none are computed.
+    needs_features: bool = True
+    #: Whether it learns; balance losses are refused where it does not.
+    learned: bool = True
+    #: The granularity a layer takes when its config names none; None leaves it to the target.
+    granularity: str | None = None
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f'{type(self).__name__}: num_experts must be >= 1, got {num_experts}')
+        self.num_experts = num_experts
+
+    @property
+    def keeps_dense_function(self) -> bool:
+        """Whether weights sum to 1 and no item is dropped, so that experts upcycled from one dense
+        module compute what that module did."""
+        return False
+
+    def forward(self, items: Tensor | None, context: RoutingContext) -> Routing:
+        """Route.
+
+        Args:
+            items: (T, d) features, or None where :attr:`needs_features` is False.
+            context: What else there is to know.
+        """
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters. Also called after the model's own ``init_weights``, which
+        initialises whatever it finds."""
+
+    def check_datasets(self, domains: Sequence[str]) -> None:
+        """Refuse data this router was not made for; anything goes here."""

@@ -1,0 +1,320 @@
+"""What a router says: which items go to which experts, and with what weight.
+
+Axes: B images, T items, E experts, k selected per item, d channels, n (item, expert) pairs.
+
+A :class:`Routing` is a list of n pairs grouped by expert. Nothing in it asks for the same number
+of experts per item: an item without a pair was dropped, an item with several is mixed, so top-k,
+expert choice, capacity limits, ReLU routing and the static plan all are the same kind of object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmdet_moe.moe.state import RoutingState
+
+
+@dataclass
+class Routing:
+    """The assignment of T items to E experts.
+
+    Use a constructor: :meth:`from_topk`, :meth:`from_dense`, :meth:`from_pairs`, :meth:`single`.
+
+    Attributes:
+        num_items: T.
+        num_experts: E.
+        counts: Pairs per expert, on the host (E numbers, sum n).
+        items: (n,) item of each pair, grouped by expert, ascending within a group. None when the
+            whole batch goes to :attr:`expert`.
+        weights: (n,) combine weight of each pair; None when every weight is exactly 1.
+        expert: The one expert that takes the whole batch with weight 1, or None.
+        permutation: Every item has exactly one pair (n = T).
+        in_order: As ``permutation``, and the items are already in the order of their experts.
+        logits: (T, E) what the router scored, without noise; balance losses read it.
+        noisy_logits: (T, E) what the selection was made from, where there was noise.
+        noise_std: Standard deviation of that noise, (T, E) or broadcastable to it.
+        probabilities: (T, E) differentiable gates before the selection; None without a gate.
+        k: Experts per item where that number is fixed.
+        losses: The router's own auxiliary losses, scalars, keys without prefix.
+        stats: The router's own statistics, detached.
+    """
+
+    num_items: int
+    num_experts: int
+    counts: list[int]
+    items: Tensor | None = None
+    weights: Tensor | None = None
+    expert: int | None = None
+    permutation: bool = False
+    in_order: bool = False
+    logits: Tensor | None = None
+    noisy_logits: Tensor | None = None
+    noise_std: Tensor | float | None = None
+    probabilities: Tensor | None = None
+    k: int | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def single(
+        cls,
+        expert: int,
+        num_items: int,
+        num_experts: int,
+        *,
+        losses: dict[str, Tensor] | None = None,
+        stats: dict[str, Tensor] | None = None,
+    ) -> Routing:
+        """The whole batch to one expert with weight 1: no gather, no copy, no multiplication."""
+        if not 0 <= expert < num_experts:
+            raise ValueError(f'expert {expert} is not one of the {num_experts} experts')
+        counts = [0] * num_experts
+        counts[expert] = num_items
+        return cls(
+            num_items=num_items,
+            num_experts=num_experts,
+            counts=counts,
+            expert=expert,
+            permutation=True,
+            in_order=True,
+            losses=losses or {},
+            stats=stats or {},
+        )
+
+    @classmethod
+    def from_pairs(
+        cls,
+        items: Tensor,
+        experts: Tensor,
+        weights: Tensor | None,
+        num_items: int,
+        num_experts: int,
+        *,
+        permutation: bool = False,
+        logits: Tensor | None = None,
+        noisy_logits: Tensor | None = None,
+        noise_std: Tensor | float | None = None,
+        probabilities: Tensor | None = None,
+        k: int | None = None,
+        losses: dict[str, Tensor] | None = None,
+        stats: dict[str, Tensor] | None = None,
+    ) -> Routing:
+        """Any list of pairs, in any order; the most general constructor.
+
+        Args:
+            items: (n,) long, the item of each pair, in ``[0, T)``.
+            experts: (n,) long, its expert; a negative one drops the pair.
+            weights: (n,) combine weights, or None for all ones.
+            num_items: T.
+            num_experts: E.
+            permutation: Promise that every item has exactly one pair and none is dropped.
+            logits, noisy_logits, noise_std, probabilities, k, losses, stats: See the class.
+
+        Raises:
+            ValueError: If the lengths differ or an expert does not exist.
+        """
+        pairs = items.numel()
+        if experts.numel() != pairs or (weights is not None and weights.numel() != pairs):
+            raise ValueError(
+                f'{pairs} items, {experts.numel()} experts and '
+                f'{None if weights is None else weights.numel()} weights do not make pairs'
+            )
+        order = experts.argsort(stable=True)
+        # The one wait for the device: the experts must know how many items each of them gets.
+        counts = torch.bincount(experts + 1, minlength=num_experts + 1).tolist()
+        if len(counts) > num_experts + 1:
+            raise ValueError(
+                f'the router chose expert {len(counts) - 2}, there are {num_experts} experts'
+            )
+        dropped, counts = counts[0], counts[1:]
+        if dropped:
+            order = order[dropped:]
+        items = items.index_select(0, order)
+        in_order = False
+        if permutation and items.device.type == 'cpu':
+            in_order = bool((items[1:] > items[:-1]).all())
+        return cls(
+            num_items=num_items,
+            num_experts=num_experts,
+            counts=counts,
+            items=items,
+            weights=None if weights is None else weights.index_select(0, order),
+            permutation=permutation,
+            in_order=in_order,
+            logits=logits,
+            noisy_logits=noisy_logits,
+            noise_std=noise_std,
+            probabilities=probabilities,
+            k=k,
+            losses=losses or {},
+            stats=stats or {},
+        )
+
+    @classmethod
+    def from_topk(
+        cls,
+        weights: Tensor | None,
+        indices: Tensor,
+        num_experts: int,
+        logits: Tensor | None = None,
+        losses: dict[str, Tensor] | None = None,
+        stats: dict[str, Tensor] | None = None,
+        *,
+        dropping: bool = False,
+        noisy_logits: Tensor | None = None,
+        noise_std: Tensor | float | None = None,
+        probabilities: Tensor | None = None,
+    ) -> Routing:
+        """k experts per item.
+
+        Args:
+            weights: (T, k) combine weights, or None for all ones.
+            indices: (T, k) long, the experts; with ``dropping`` a negative one drops that pair.
+            num_experts: E.
+            dropping: Whether ``indices`` may hold negative entries.
+            logits, noisy_logits, noise_std, probabilities, losses, stats: See the class.
+        """
+        if indices.ndim != 2 or (weights is not None and weights.shape != indices.shape):
+            raise ValueError(
+                f'indices and weights must both have shape (T, k), got {tuple(indices.shape)} and '
+                f'{None if weights is None else tuple(weights.shape)}'
+            )
+        num_items, k = indices.shape
+        items = torch.arange(num_items, device=indices.device)
+        if k > 1:
+            items = items.repeat_interleave(k)
+        return cls.from_pairs(
+            items,
+            indices.reshape(-1),
+            None if weights is None else weights.reshape(-1),
+            num_items,
+            num_experts,
+            permutation=k == 1 and not dropping,
+            logits=logits,
+            noisy_logits=noisy_logits,
+            noise_std=noise_std,
+            probabilities=probabilities,
+            k=k,
+            losses=losses,
+            stats=stats,
+        )
+
+    @classmethod
+    def from_dense(
+        cls,
+        weights: Tensor,
+        logits: Tensor | None = None,
+        losses: dict[str, Tensor] | None = None,
+        stats: dict[str, Tensor] | None = None,
+        *,
+        probabilities: Tensor | None = None,
+    ) -> Routing:
+        """The non-zero entries of (T, E) weights: any number of experts per item, none included.
+
+        On the CPU a batch that goes to one expert with weight 1 becomes :meth:`single`.
+        """
+        if weights.ndim != 2:
+            raise ValueError(f'dense weights must have shape (T, E), got {tuple(weights.shape)}')
+        num_items, num_experts = weights.shape
+        chosen = weights.detach() != 0
+        on_host = weights.device.type == 'cpu'
+        unit = on_host and not weights.requires_grad and bool((weights[chosen] == 1).all())
+        per_item = chosen.sum(1) if on_host else None
+        permutation = per_item is not None and bool((per_item == 1).all())
+        if unit and permutation and num_items and bool(chosen[:, chosen[0]].all()):
+            expert = int(chosen[0].nonzero())
+            routing = cls.single(expert, num_items, num_experts, losses=losses, stats=stats)
+            routing.logits, routing.probabilities = logits, probabilities
+            return routing
+        items, experts = chosen.nonzero(as_tuple=True)
+        return cls.from_pairs(
+            items,
+            experts,
+            None if unit else weights[items, experts],
+            num_items,
+            num_experts,
+            permutation=permutation,
+            logits=logits,
+            probabilities=probabilities,
+            losses=losses,
+            stats=stats,
+        )
+
+    def to(self, device: torch.device) -> Routing:
+        """Move the pairs (not the logits) to ``device``, in place; a no-op where they are there."""
+        if self.items is not None and self.items.device != device:
+            self.items = self.items.to(device, non_blocking=True)
+            if self.weights is not None:
+                self.weights = self.weights.to(device, non_blocking=True)
+        return self
+
+    def importance(self) -> Tensor:
+        """(E,) sum of the combine weights per expert, differentiable where the weights are."""
+        if self.weights is None or self.items is None:
+            return torch.tensor(self.counts, dtype=torch.float32)
+        parts = self.weights.float().split(self.counts)
+        return torch.stack([part.sum() for part in parts])
+
+
+@dataclass
+class RoutingContext:
+    """What a router may know besides the features.
+
+    Attributes:
+        state: The model's routing state (domains, embeddings).
+        num_items: T.
+        training: Whether the layer is in training mode (noise, losses, running statistics).
+        items_per_image: N when the items are the N tokens of each image, image-major; 1 when the
+            items are the images themselves.
+        recompute: Activation checkpointing repeats this forward: repeat the routing, count
+            nothing, update no buffer.
+        device: Where the items are.
+        layer: Full name of the layer, for messages.
+        balance: The layer's balance losses and constraints.
+    """
+
+    state: RoutingState
+    num_items: int
+    training: bool
+    items_per_image: int = 1
+    recompute: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device('cpu'))
+    layer: str = ''
+    balance: tuple[Any, ...] = ()
+
+    def constrain(self, logits: Tensor) -> Tensor:
+        """The (T, E) logits to select from. Routers that learn call this before they select:
+        balancing by constraint (blocking overloaded experts) acts here."""
+        for loss in self.balance:
+            logits = loss.constrain(logits, self)
+        return logits
+
+    @property
+    def num_images(self) -> int:
+        """B, by the shape of the layer's input; checked against the state's.
+
+        Raises:
+            ValueError: If the items on dimension 0 are not the batch's images.
+        """
+        images = self.num_items // max(self.items_per_image, 1)
+        expected = self.state.num_images
+        if expected is not None and images != expected:
+            raise ValueError(
+                f'MoE layer {self.layer!r} got {images} items on dimension 0, the batch has '
+                f'{expected} images. Routing by image needs the image there, which RoI heads and '
+                f'windowed attention do not keep: choose another target'
+            )
+        return images
+
+    @property
+    def image_of_item(self) -> Tensor | None:
+        """(T,) image of each item, or None when the items are the images (T = B)."""
+        images = self.num_images
+        if self.items_per_image == 1:
+            return None
+        return torch.arange(images).repeat_interleave(self.items_per_image)
