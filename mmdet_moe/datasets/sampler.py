@@ -63,6 +63,7 @@ class MultiDomainSampler(Sampler):
                 f'batch_size={batch_size}'
             )
         self.unit = int(batch_size) if single_domain_batches else 1
+        self.dataset = dataset  # AspectRatioBatchSampler looks for it here
         self.size = len(dataset)
         indices = _indices_by_domain(dataset)
         self.probabilities = _probabilities(

@@ -60,10 +60,11 @@ def test_samples_say_where_they_come_from(tiny_dataset):
 
 
 def test_the_serialised_cache_of_the_datasets_is_left_alone(tiny_dataset):
-    dataset = DATASETS.build(tiny_dataset())
-    plain = DATASETS.build(
-        {**tiny_dataset()['domains']['heat'], 'metainfo': {'classes': ('car', 'cat')}}
-    )
+    config = tiny_dataset()
+    heat = config['domains']['heat']
+    heat['serialize_data'] = True
+    plain = DATASETS.build({**heat, 'metainfo': {'classes': ('car', 'cat')}})
+    dataset = DATASETS.build(config)
     wrapped = dataset.datasets['heat'].dataset
     for index in (0, 0, 3):
         dataset.get_data_info(12 + index)
