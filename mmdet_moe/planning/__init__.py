@@ -2,6 +2,7 @@
 
 from mmdet_moe.planning.errors import InfeasibleError, NoPlanFoundError, PlanError
 from mmdet_moe.planning.plan import ExpertPlan
+from mmdet_moe.planning.planner import plan_experts
 from mmdet_moe.planning.problem import PlanningProblem
 
 __all__ = [
@@ -10,4 +11,5 @@ __all__ = [
     'NoPlanFoundError',
     'PlanError',
     'PlanningProblem',
+    'plan_experts',
 ]
