@@ -160,11 +160,11 @@ def _find_places(model: nn.Module, specs: Sequence[dict[str, Any]]) -> list[_Pla
     found = sorted(places.values(), key=lambda place: order[place.name])
     by_name = {place.name for place in found}
     for place in found:
-        _refuse_unsafe(place, by_name)
+        _refuse_unsafe(model, place, by_name)
     return found
 
 
-def _refuse_unsafe(place: _Place, targets: set[str]) -> None:
+def _refuse_unsafe(model: nn.Module, place: _Place, targets: set[str]) -> None:
     name = place.name
     parts = name.split('.')
     outer = next((n for i in range(1, len(parts)) if (n := '.'.join(parts[:i])) in targets), None)
@@ -181,11 +181,11 @@ def _refuse_unsafe(place: _Place, targets: set[str]) -> None:
         )
     if not place.spec.get('check_parent', True):
         return
-    for parent, child in place.parents:
-        reason = why_unsafe(parent, child, name)
+    for other in (n for n, m in model.named_modules(remove_duplicate=False) if m is place.module):
+        reason = why_unsafe(model, other)
         if reason is not None:
             raise TargetError(
-                f'{name!r} cannot be a MoE target: {reason}, and a MoE layer has no such thing '
+                f'{other!r} cannot be a MoE target: {reason}, and a MoE layer has no such thing '
                 f'(each expert has its own). Choose the module around it or another one'
             )
 

@@ -56,8 +56,8 @@ Adapter = Callable[[nn.Module], Target]
 
 #: Tried in this order; the first whose predicate holds is used.
 TARGET_ADAPTERS: list[tuple[Predicate, Adapter]] = []
-#: ``(pattern of the full name, or predicate(parent, child name), reason)``.
-UNSAFE_TARGETS: list[tuple[re.Pattern[str] | Callable[[nn.Module, str], bool], str]] = []
+#: ``(pattern of the full name, reason)``.
+UNSAFE_TARGETS: list[tuple[re.Pattern[str], str]] = []
 
 
 def register_target(predicate: Predicate, *, first: bool = True) -> Callable[[Adapter], Adapter]:
@@ -79,14 +79,14 @@ def register_target(predicate: Predicate, *, first: bool = True) -> Callable[[Ad
     return register
 
 
-def register_unsafe(what: str | Callable[[nn.Module, str], bool], reason: str) -> None:
-    """Name targets that must be refused, beyond those found by reading the parent's source.
+def register_unsafe(pattern: str, reason: str) -> None:
+    """Name targets that must be refused, beyond those found by reading the code around them.
 
     Args:
-        what: Regular expression for the whole full name, or ``predicate(parent, child name)``.
-        reason: What the message says.
+        pattern: Regular expression for the whole full name.
+        reason: What the message says, after "cannot be a MoE target: ".
     """
-    UNSAFE_TARGETS.append((re.compile(what) if isinstance(what, str) else what, reason))
+    UNSAFE_TARGETS.append((re.compile(pattern), reason))
 
 
 def describe_target(module: nn.Module, name: str = '') -> Target:
@@ -152,56 +152,135 @@ def _first_channels(module: nn.Module) -> int | None:
 
 # What must not be replaced
 
+#: Methods others call on a module; those they call on self are read too.
+_ENTRIES = ('forward', 'init_weights', 'loss', 'predict')
+#: What a MoE layer offers as any module does.
+_HARMLESS = frozenset(dir(nn.Module)) | {'training', 'init_weights'}
 
-def why_unsafe(parent: nn.Module, child: str, name: str) -> str | None:
-    """Why ``parent.child`` (full name ``name``) must not be replaced, or None.
 
-    Looks in :data:`UNSAFE_TARGETS`, then reads the source of the parent's forward and
-    ``init_weights``, and of the methods they call on self: a parent that uses ``self.child.weight``
-    or ``self.child[-1]`` needs the one dense module.
+def why_unsafe(model: nn.Module, name: str) -> str | None:
+    """Why the module called ``name`` must not be replaced, or None.
+
+    Looks in :data:`UNSAFE_TARGETS`, then reads the source of every module around the target: one
+    that uses ``self.<target>.weight`` or ``self.<target>[-1]`` (also through lists, ``for`` loops
+    and local names) needs the one dense module. Source that cannot be read is passed over; what is
+    missed here is an error in plain words at the first use (``MoELayer.__getattr__``).
+
+    Args:
+        model: The whole model.
+        name: Full name of the target in it.
     """
-    for what, reason in UNSAFE_TARGETS:
-        hit = what.fullmatch(name) if isinstance(what, re.Pattern) else what(parent, child)
-        if hit:
+    for pattern, reason in UNSAFE_TARGETS:
+        if pattern.fullmatch(name):
             return reason
-    for attribute, use in _uses_of_children(type(parent)):  # type: ignore[arg-type]
-        if attribute == child:
-            return f'its parent, a {type(parent).__name__}, uses self.{child}{use}'
+    path = name.split('.')
+    for depth in range(len(path)):
+        owner = model.get_submodule('.'.join(path[:depth]))
+        below = path[depth:]
+        for use in _uses(type(owner)):  # type: ignore[arg-type]
+            if len(use) <= len(below):
+                continue
+            if any(a not in (b, '*') for a, b in zip(use, below, strict=False)):
+                continue
+            rest = use[len(below)]
+            if rest in _HARMLESS:
+                continue
+            where = 'the model' if not depth else '.'.join(path[:depth])
+            what = 'indexes it' if rest == '*' else f'uses its .{rest}'
+            return f'{where}, a {type(owner).__name__}, {what}'
     return None
 
 
 @functools.cache
-def _uses_of_children(parent: type[nn.Module]) -> tuple[tuple[str, str], ...]:
-    """``(child, '.weight' or '[...]')`` for each ``self.child.weight`` and ``self.child[...]``."""
-    harmless = set(dir(nn.Module)) | {'training', 'init_weights'}
-    uses: list[tuple[str, str]] = []
-    todo, seen = ['forward', 'init_weights'], set()
+def _uses(owner: type[nn.Module]) -> frozenset[tuple[str, ...]]:
+    """Every ``self.a.b[i].c`` in the code of a class, as ``('a', 'b', '*', 'c')``."""
+    uses: set[tuple[str, ...]] = set()
+    todo, seen = list(_ENTRIES), set()
     while todo:
         method = todo.pop()
-        function = getattr(parent, method, None)
-        if method in seen or not inspect.isfunction(function):
+        if method in seen:
             continue
         seen.add(method)
-        if function is getattr(nn.Module, method, None):
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and _is_self(node.value):
-                todo.append(node.attr)
-            elif isinstance(node, ast.Attribute) and node.attr not in harmless:
-                if isinstance(node.value, ast.Attribute) and _is_self(node.value.value):
-                    uses.append((node.value.attr, f'.{node.attr}'))
-            elif (
-                isinstance(node, ast.Subscript)
-                and isinstance(node.value, ast.Attribute)
-                and _is_self(node.value.value)
-            ):
-                uses.append((node.value.attr, '[...]'))
-    return tuple(uses)
+        for base in owner.__mro__:
+            function = vars(base).get(method)
+            if base is nn.Module or not inspect.isfunction(function):
+                continue
+            try:
+                source = textwrap.dedent(inspect.getsource(function))
+                found = _Uses()
+                found.visit(ast.parse(source))
+            except (OSError, TypeError, SyntaxError):
+                break
+            uses |= found.paths
+            todo += [path[0] for path in found.paths]
+            if 'super(' not in source:
+                break
+    return frozenset(uses)
 
 
-def _is_self(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id == 'self'
+class _Uses(ast.NodeVisitor):
+    """Collects the paths below ``self`` that a function reads."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, tuple[str, ...]] = {'self': ()}
+        self.paths: set[tuple[str, ...]] = set()
+
+    def path(self, node: ast.AST) -> tuple[str, ...] | None:
+        if isinstance(node, ast.Name):
+            return self.names.get(node.id)
+        if isinstance(node, (ast.Attribute, ast.Subscript)):
+            inner = self.path(node.value)
+            if inner is None:
+                return None
+            return (*inner, node.attr if isinstance(node, ast.Attribute) else '*')
+        return None
+
+    def loop(self, target: ast.AST, source: ast.AST) -> None:
+        """``for target in source``, also through enumerate and zip."""
+        if isinstance(source, ast.Call) and isinstance(source.func, ast.Name):
+            parts = target.elts if isinstance(target, ast.Tuple) else []
+            if source.func.id == 'enumerate' and len(parts) == 2 and source.args:
+                self.loop(parts[1], source.args[0])
+            elif source.func.id == 'zip':
+                for part, argument in zip(parts, source.args, strict=False):
+                    self.loop(part, argument)
+            return
+        inner = self.path(source)
+        if isinstance(target, ast.Name) and inner:
+            self.names[target.id] = (*inner, '*')
+
+    def visit_For(self, node: ast.For) -> None:
+        self.loop(node.target, node.iter)
+        self.generic_visit(node)
+
+    def visit_comprehension(self, node: ast.comprehension) -> None:
+        self.loop(node.target, node.iter)
+        self.generic_visit(node)
+
+    def _visit_comprehension_of(self, node: ast.AST) -> None:
+        for generator in node.generators:  # type: ignore[attr-defined]
+            self.visit(generator)
+        self.generic_visit(node)
+
+    visit_ListComp = visit_GeneratorExp = visit_SetComp = visit_DictComp = _visit_comprehension_of
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.generic_visit(node)
+        inner = self.path(node.value)
+        if len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            if inner:
+                self.names[node.targets[0].id] = inner
+            else:
+                self.names.pop(node.targets[0].id, None)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self._note(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        self._note(node)
+
+    def _note(self, node: ast.Attribute | ast.Subscript) -> None:
+        found = self.path(node)
+        if found:
+            self.paths.add(found)
+        self.generic_visit(node)
