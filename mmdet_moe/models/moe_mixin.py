@@ -1,0 +1,386 @@
+"""The mixin that puts Mixture-of-Experts into any single-stage, DETR-like or classification model.
+
+One seam per duty:
+
+* *what is replaced*: the ``moe`` specs, by name, after the base model is built;
+* *what the experts start as*: copies of the dense module, after the base's own ``init_weights``;
+* *who an image is*: the routing state is begun once per forward with the data samples' domains;
+* *what comes out*: the routing's auxiliary losses and statistics join the model's losses.
+
+The base class is entered as ever and knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdet_moe.moe import MoELayer, RoutingState, check_datasets, replace_modules, upcycle_
+from mmdet_moe.moe.routers.plan import load_plan
+from mmdet_moe.planning import ExpertPlan
+from mmdet_moe.registry import MODELS
+from mmdet_moe.structures import LabelSpace
+
+from . import targets as _targets  # noqa: F401 - teaches the moe package mmcv's and mmdet's modules
+from .domain_classes import MultiDomainHeadMixin
+
+#: Where mmdet's and mmpretrain's models keep their heads.
+HEADS = ('bbox_head', 'roi_head', 'head')
+
+
+class MoEMixin:
+    """Mixture-of-Experts for a model of mmdet or mmpretrain; put it before the base class.
+
+    Args:
+        *args: As the base model.
+        moe: What to replace, a list of specs: ``dict(targets=regex, num_experts=E,
+            router=dict(type=...), ...)``, see :func:`mmdet_moe.moe.replace_modules`. None or empty:
+            the dense twin.
+        label_space: The :class:`~mmdet_moe.structures.LabelSpace` of the data or its config.
+            Passed on to the head, whose number of classes follows from it.
+        plan: Plan file (or its content, or an ``ExpertPlan``) for the ``PlanRouter`` specs that
+            name none.
+        embedder: Config of the frozen embedder that routes images of unknown domain. By default
+            the one the plan was made with.
+        restrict_classes: Passed on to the head: test images are scored on the classes of their
+            domain only. None leaves it to the head's config.
+        domain: The domain of samples that do not carry one, say in a demo on one domain's images.
+            Also a plain attribute that may be set at any time.
+        log_routing: Whether losses come with ``moe/...`` statistics for the log.
+        **kwargs: As the base model.
+
+    Raises:
+        ValueError: The plan's datasets are not the label space's domains; both are listed.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        moe: Sequence[Mapping] | None = None,
+        label_space: LabelSpace | dict | None = None,
+        plan: str | Mapping | ExpertPlan | None = None,
+        embedder: Mapping | None = None,
+        restrict_classes: bool | None = None,
+        domain: str | None = None,
+        log_routing: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if label_space is not None:
+            label_space = LabelSpace.from_config(label_space)
+            for key in HEADS:
+                if isinstance(kwargs.get(key), Mapping):
+                    kwargs[key] = _tell_head(kwargs[key], label_space, restrict_classes)
+        images_are_rgb = _is_rgb(kwargs.get('data_preprocessor'))
+        super().__init__(*args, **kwargs)
+        self.label_space = label_space
+        self.domain = domain
+        self.log_routing = log_routing
+        self.routing_state = RoutingState()
+        self._in_forward = False
+        self._images_are_rgb = images_are_rgb
+        specs = [_with_plan(spec, plan) for spec in moe or ()]
+        self.moe_names: list[str] = []
+        if specs:
+            self.moe_names = replace_modules(self, specs, self.routing_state)
+        if label_space is not None:
+            check_datasets(self, label_space.domains)
+        self._prototypes = _prototypes([plan, *(_plan_of(spec) for spec in specs)])
+        if embedder is None and self._prototypes is not None:
+            embedder = self._prototypes.get('embedder')
+        self._embedder = None if embedder is None else Detached(dict(embedder))
+
+    # -- building and weights --------------------------------------------------------------------
+
+    def moe_layers(self) -> dict[str, MoELayer]:
+        """The MoE layers by name."""
+        return {name: self.get_submodule(name) for name in self.moe_names}
+
+    def init_weights(self) -> None:
+        """The base model's initialisation, then upcycling.
+
+        The base runs on the *dense* modules, put back in their places for that time: it draws the
+        random numbers the dense model would draw, so that one seed gives the MoE model and its
+        dense twin the same weights, and no initialisation that walks the model ever meets an
+        expert list or a router.
+        """
+        with self._dense_modules():
+            super().init_weights()
+        upcycle_(self)
+
+    @contextmanager
+    def _dense_modules(self) -> Iterator[None]:
+        """The first experts in the places of their layers."""
+        places = [
+            (parent._modules, child, layer)
+            for parent in list(self.modules())
+            for child, layer in parent._modules.items()
+            if isinstance(layer, MoELayer)
+        ]
+        try:
+            for children, child, layer in places:
+                children[child] = layer.experts[0]
+            yield
+        finally:
+            for children, child, layer in places:
+                children[child] = layer
+
+    def class_rows(self) -> dict[str, int]:
+        """Parameters with a row per class, by regular expression of their module's full name.
+
+        The value is the number of channels C of one anchor or query: the parameter's first
+        dimension is k * C. Empty where the model has no label space of its own.
+        """
+        rows: dict[str, int] = {}
+        for key in HEADS:
+            head = getattr(self, key, None)
+            if isinstance(head, MultiDomainHeadMixin):
+                found = head.class_rows().items()
+                rows.update({rf'{key}\.{pattern}': channels for pattern, channels in found})
+        return rows
+
+    # -- forward ---------------------------------------------------------------------------------
+
+    def forward(
+        self, inputs: Tensor, data_samples: Sequence | None = None, mode: str = 'tensor'
+    ) -> Any:
+        """As the base model, with the routing begun from the data samples."""
+        with self._routing(inputs, data_samples):
+            return super().forward(inputs, data_samples, mode=mode)
+
+    def loss(self, inputs: Tensor, data_samples: Sequence, *args: Any, **kwargs: Any) -> dict:
+        """The base model's losses, and the routing's: ``loss_moe_*``.
+
+        Args:
+            inputs: Preprocessed images, has shape (B, 3, H, W).
+            data_samples: Their data samples, with a ``domain`` each.
+            *args: As the base model.
+            **kwargs: As the base model.
+        """
+        with self._routing(inputs, data_samples):
+            losses = super().loss(inputs, data_samples, *args, **kwargs)
+            losses.update(self.routing_state.collect())
+            if self.log_routing:
+                losses.update(routing_summary(self.routing_state.stats()))
+        return losses
+
+    def predict(
+        self, inputs: Tensor, data_samples: Sequence | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the base model; predictions carry unified labels.
+
+        Args:
+            inputs: Preprocessed images, has shape (B, 3, H, W).
+            data_samples: Their data samples. One without ``domain`` is routed by its embedding and
+                gets the ``nearest_domain`` in its metainfo.
+            *args: As the base model.
+            **kwargs: As the base model.
+        """
+        with self._routing(inputs, data_samples):
+            return super().predict(inputs, data_samples, *args, **kwargs)
+
+    @contextmanager
+    def _routing(self, inputs: Tensor, data_samples: Sequence | None) -> Iterator[None]:
+        """Begin the routing state, unless an outer entry of this forward already has."""
+        if self._in_forward:
+            yield
+            return
+        self._in_forward = True
+        try:
+            self._begin(inputs, data_samples)
+            yield
+        finally:
+            self._in_forward = False
+
+    def _begin(self, inputs: Tensor, data_samples: Sequence | None) -> None:
+        samples = [None] * len(inputs) if data_samples is None else list(data_samples)
+        domains = [None if s is None else s.metainfo.get('domain') for s in samples]
+        for i, sample in enumerate(samples):
+            if domains[i] is None and self.domain is not None:
+                domains[i] = self.domain
+                if sample is not None:
+                    sample.set_metainfo({'domain': self.domain})
+        if self.label_space is not None:
+            for domain in domains:
+                if domain is not None:
+                    self.label_space.check_domain(domain)
+        unknown = [i for i, domain in enumerate(domains) if domain is None]
+        # The closure keeps the images until the next forward: only where they may be needed.
+        embed: Callable[[], Tensor] | None = None
+        if unknown and self._embedder is not None:
+            embed = self._embed_of(inputs, samples)
+        self.routing_state.begin(domains, len(inputs), embed=embed, training=self.training)
+        if unknown and embed is not None and not self.training and self._prototypes is not None:
+            self._set_nearest(samples, unknown)
+
+    def _embed_of(self, inputs: Tensor, samples: list) -> Callable[[], Tensor]:
+        def embed() -> Tensor:
+            images = restore_images(inputs, samples, self.data_preprocessor, self._images_are_rgb)
+            return self._embedder.embed(images)
+
+        return embed
+
+    def _set_nearest(self, samples: list, unknown: list[int]) -> None:
+        """Note the nearest domain of images without one: its classes are what they may show."""
+        refused = any(
+            getattr(x.router, 'unknown', '') == 'error' for x in self.moe_layers().values()
+        )
+        if refused or all(samples[i] is None for i in unknown):
+            return
+        means = self._prototypes['mean']
+        embeddings = self.routing_state.embeddings()[unknown].float().cpu()
+        prototypes = torch.tensor([list(mean) for mean in means.values()])
+        if prototypes.shape[1] != embeddings.shape[1]:
+            raise ValueError(
+                f'the embedder gives {embeddings.shape[1]} numbers an image, the prototypes of '
+                f'the plan have {prototypes.shape[1]}: the plan was made with another embedder'
+            )
+        names = list(means)
+        found = (embeddings @ prototypes.t()).argmax(1).tolist()
+        for i, nearest in zip(unknown, found, strict=True):
+            if samples[i] is not None:
+                samples[i].set_metainfo({'nearest_domain': names[nearest]})
+
+
+class Detached:
+    """A frozen module that its owner does not own: no part of its state dict or parameters.
+
+    Built at the first use, and shared by copies of the owner (EMA): frozen weights need no second
+    set.
+
+    Args:
+        cfg: Config of the module; ``FrozenEmbedder`` where it names no type.
+    """
+
+    def __init__(self, cfg: dict) -> None:
+        self.cfg = cfg
+        self._module: nn.Module | None = None
+
+    def module(self, device: torch.device | str = 'cpu') -> nn.Module:
+        """The module on ``device``, in evaluation mode and without gradients."""
+        if self._module is None:
+            module = MODELS.build({'type': 'FrozenEmbedder', **copy.deepcopy(self.cfg)})
+            self._module = module.eval().requires_grad_(False)
+        return self._module.to(device)
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[Tensor]) -> Tensor:
+        """Embeddings of RGB images (3, H_i, W_i) in 0..255, has shape (B, d)."""
+        device = images[0].device
+        with torch.autocast(device.type, enabled=False):
+            return self.module(device).embed(list(images))
+
+    def __deepcopy__(self, memo: dict) -> Detached:
+        return self
+
+    def __getstate__(self) -> dict:
+        return {'cfg': self.cfg, '_module': None}
+
+
+def restore_images(
+    inputs: Tensor, data_samples: Sequence, preprocessor: nn.Module, images_are_rgb: bool
+) -> list[Tensor]:
+    """Undo the data preprocessor: RGB images in 0..255 without padding.
+
+    Args:
+        inputs: Preprocessed batch, has shape (B, 3, H, W).
+        data_samples: A data sample per image, whose ``img_shape`` (h, w) tells the padding; None
+            or one without it: the whole.
+        preprocessor: The model's data preprocessor (its ``mean`` and ``std``).
+        images_are_rgb: The channel order of ``inputs``; False for BGR.
+
+    Returns:
+        B images, each has shape (3, h, w).
+    """
+    images = inputs.detach().float()
+    mean, std = getattr(preprocessor, 'mean', None), getattr(preprocessor, 'std', None)
+    if mean is not None and std is not None:
+        images = images * std + mean
+    if not images_are_rgb:
+        images = images.flip(1)
+    restored = []
+    for image, sample in zip(images, data_samples, strict=True):
+        shape = None if sample is None else sample.metainfo.get('img_shape')
+        if shape is not None:
+            image = image[:, : int(shape[0]), : int(shape[1])]
+        restored.append(image.clamp(0, 255))
+    return restored
+
+
+def routing_summary(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A line for the log from the layers' statistics, averaged over layers.
+
+    Args:
+        stats: ``<layer>/count`` -> items per expert, has shape (E,).
+
+    Returns:
+        ``moe/max_share``: the busiest expert's share of the items; ``moe/idle``: the share of the
+        experts without an item.
+    """
+    counts = [value.float() for key, value in stats.items() if key.endswith('/count')]
+    if not counts:
+        return {}
+    shares = [count.max() / count.sum().clamp(min=1) for count in counts]
+    idle = [(count == 0).float().mean() for count in counts]
+    return {
+        'moe/max_share': torch.stack(shares).mean(),
+        'moe/idle': torch.stack(idle).mean(),
+    }
+
+
+def _tell_head(cfg: Mapping, label_space: LabelSpace, restrict_classes: bool | None) -> Mapping:
+    """The head's config with the label space, or its number of classes for an ordinary head."""
+    cfg = copy.copy(cfg)
+    head = MODELS.get(cfg['type']) if isinstance(cfg.get('type'), str) else cfg.get('type')
+    if isinstance(head, type) and issubclass(head, MultiDomainHeadMixin):
+        cfg['label_space'] = label_space
+        cfg['num_classes'] = label_space.num_classes
+        if restrict_classes is not None:
+            cfg['restrict_classes'] = restrict_classes
+    elif 'num_classes' in cfg:
+        cfg['num_classes'] = label_space.num_classes
+    return cfg
+
+
+def _is_rgb(preprocessor: Any) -> bool:
+    """Whether the preprocessor hands over RGB; images are loaded as BGR."""
+    get = (
+        preprocessor.get if isinstance(preprocessor, Mapping) else vars(preprocessor or object).get
+    )
+    return bool(get('bgr_to_rgb') or get('to_rgb') or get('_channel_conversion'))
+
+
+def _is_plan_router(spec: Mapping) -> bool:
+    router = spec.get('router')
+    kind = router.get('type') if isinstance(router, Mapping) else None
+    return str(getattr(kind, '__name__', kind)).rpartition('.')[2] == 'PlanRouter'
+
+
+def _with_plan(spec: Mapping, plan: Any) -> Mapping:
+    """The spec with the model's plan where its ``PlanRouter`` names none."""
+    if not _is_plan_router(spec) or spec['router'].get('plan') is not None:
+        return spec
+    if plan is None:
+        raise ValueError(
+            f'the PlanRouter of targets {spec.get("targets")!r} has no plan: give it one, or give '
+            "the model plan='plan.json' (tools/plan_experts.py makes it)"
+        )
+    return {**spec, 'router': {**spec['router'], 'plan': plan}}
+
+
+def _plan_of(spec: Mapping) -> Any:
+    return spec['router'].get('plan') if _is_plan_router(spec) else None
+
+
+def _prototypes(plans: Sequence[Any]) -> Mapping | None:
+    """The prototypes of the first plan that has some."""
+    for plan in plans:
+        if plan is not None:
+            prototypes = load_plan(plan).prototypes
+            if prototypes is not None:
+                return prototypes
+    return None

@@ -1,0 +1,55 @@
+"""What mmcv's and mmdet's modules need in the place of a MoE layer.
+
+Importing this module teaches :mod:`mmdet_moe.moe`, which knows torch only, their kinds: adapters
+for what can be replaced, and names of what must not be.
+"""
+
+from __future__ import annotations
+
+from mmcv.cnn import ConvModule
+from mmcv.cnn.bricks.transformer import FFN
+from mmdet.models.layers import ResLayer
+from torch import nn
+
+from mmdet_moe.moe import Target, register_target, register_unsafe
+
+
+@register_target(lambda module: isinstance(module, FFN))
+def ffn(module: FFN) -> Target:
+    """mmcv's ``FFN``: ``ffn(x, identity=None)`` on (B, N, d) or (N, B, d).
+
+    Layers, dropout and layer scale (``gamma2``) are each expert's own. The identity is not: the
+    MoE layer adds it once, whatever the combine weights sum to, so a dropped token passes through
+    unchanged and a weighted one keeps all of it.
+    """
+    residual, module.add_identity = module.add_identity, False
+    return Target(
+        module,
+        in_channels=module.embed_dims,
+        channel_dim=-1,
+        default_granularity='token',
+        residual=residual,
+    )
+
+
+@register_target(lambda module: isinstance(module, ConvModule))
+def conv_module(module: ConvModule) -> Target:
+    """mmcv's ``ConvModule`` (convolution, norm, activation) on (B, C, H, W)."""
+    return Target(module, in_channels=module.in_channels, channel_dim=1, granularities=('image',))
+
+
+@register_target(lambda module: isinstance(module, ResLayer))
+def res_layer(module: ResLayer) -> Target:
+    """A stage of mmdet's ``ResNet`` (``backbone.layer3``) on (B, C, H, W)."""
+    first = next(part for part in module.modules() if isinstance(part, nn.Conv2d))
+    return Target(module, in_channels=first.in_channels, channel_dim=1, granularities=('image',))
+
+
+register_unsafe(
+    r'(.*\.)?bbox_head\.cls_branches\.\d+',
+    'DETR detectors read its .out_features, and its logits are masked by domain',
+)
+register_unsafe(
+    r'(.*\.)?bbox_head\.reg_branches\.\d+',
+    'the head reads its last layer ([-1]), and the decoder runs it a second time',
+)
