@@ -1,0 +1,244 @@
+"""Fit an ordinary checkpoint to a model with other classes and with experts.
+
+mmengine loads what fits and *warns* about what does not: a checkpoint of another architecture
+trains from scratch without a word that stops anyone. Here shapes must agree, with one exception
+that is meant: class rows go by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdet_moe.moe import MoELayer, moe_layers
+from mmdet_moe.moe.layer import OWN_CHILDREN
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not fit the model."""
+
+
+@dataclass
+class FitReport:
+    """What :func:`fit_checkpoint` did.
+
+    Attributes:
+        rows: Parameters with class rows that were rearranged, by their key in the checkpoint.
+        copied: Unified classes whose rows the checkpoint had, by name.
+        reinitialised: Unified classes that keep the model's own initialisation.
+        upcycled: MoE layers that the checkpoint holds as dense modules.
+    """
+
+    rows: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+    reinitialised: list[str] = field(default_factory=list)
+    upcycled: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report for a log."""
+        lines = []
+        if self.upcycled:
+            lines.append(f'upcycled {len(self.upcycled)} dense modules into experts')
+        if self.rows:
+            lines.append(f'class rows copied by name: {self.copied}')
+            lines.append(f'class rows re-initialised: {self.reinitialised}')
+        return lines
+
+
+def fit_checkpoint(
+    model: nn.Module, state_dict: Mapping[str, Tensor], classes: Sequence[str] | None = None
+) -> tuple[dict[str, Tensor], FitReport]:
+    """A state dict that loads into ``model``, from that of a dense or MoE model.
+
+    Keys of dense modules stay as they are: MoE layers spread them over their experts when they
+    load. Rows of class parameters (``model.class_rows()``) go to the unified class of the same
+    name; rows of classes that the checkpoint lacks, or all where it names no classes and has
+    another number of them, are the model's own.
+
+    Args:
+        model: A model of :class:`~mmdet_moe.models.moe_mixin.MoEMixin`.
+        state_dict: The checkpoint's weights.
+        classes: The checkpoint's class names in the order of its rows, if known.
+
+    Returns:
+        The new state dict and what was done to make it.
+
+    Raises:
+        CheckpointError: Shapes differ elsewhere; all such keys are listed.
+    """
+    own = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    layers = moe_layers(model)
+    patterns = model.class_rows() if hasattr(model, 'class_rows') else {}
+    space = getattr(model, 'label_space', None)
+    rows = _row_sources(space, classes) if space is not None and classes is not None else None
+    report = FitReport()
+    fitted: dict[str, Tensor] = {}
+    wrong = []
+    for key, value in state_dict.items():
+        key = key.removeprefix('module.')
+        fitted[key] = value
+        layer, target_key = _locate(layers, key)
+        target = own.get(target_key)
+        if target is None or not isinstance(value, Tensor):
+            continue
+        if layer is not None and layer not in report.upcycled:
+            report.upcycled.append(layer)
+        channels = _channels(patterns, target_key)
+        if channels is None or space is None:
+            if target.shape != value.shape:
+                wrong.append(
+                    f'{key}: {tuple(value.shape)} in the checkpoint, {tuple(target.shape)}'
+                )
+            continue
+        same = target.shape == value.shape and (
+            classes is None or tuple(classes) == tuple(space.classes)
+        )
+        if same:
+            continue
+        try:
+            fitted[key] = _copy_rows(value, target, channels, space.num_classes, classes, rows)
+        except CheckpointError as error:
+            wrong.append(f'{key}: {error}')
+            continue
+        report.rows.append(key)
+    if wrong:
+        raise CheckpointError(
+            'the checkpoint does not fit the model (shapes in the model come second): '
+            + '; '.join(wrong[:10])
+            + (f'; and {len(wrong) - 10} more' if len(wrong) > 10 else '')
+        )
+    if report.rows:
+        names = space.classes
+        known = [False] * len(names) if rows is None else [row is not None for row in rows]
+        report.copied = [name for name, there in zip(names, known, strict=True) if there]
+        report.reinitialised = [name for name, there in zip(names, known, strict=True) if not there]
+    return fitted, report
+
+
+def checkpoint_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The weights of a checkpoint, which may be nothing but weights."""
+    weights = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(f'a checkpoint holds a state dict, got {type(weights).__name__}')
+    return weights
+
+
+def checkpoint_classes(checkpoint: Mapping[str, Any]) -> list[str] | None:
+    """The class names that a checkpoint of mmdet (any version) was trained with, if it says so."""
+    meta = checkpoint.get('meta') or {}
+    for holder in (meta.get('dataset_meta') or {}, meta):
+        for key in ('classes', 'CLASSES'):
+            names = holder.get(key)
+            if isinstance(names, str):
+                names = [names]
+            if names:
+                return list(names)
+    return None
+
+
+def _locate(layers: Mapping[str, MoELayer], key: str) -> tuple[str | None, str]:
+    """The MoE layer that a dense key belongs to, and the key of its first expert."""
+    for name in layers:
+        if key.startswith(f'{name}.'):
+            rest = key[len(name) + 1 :]
+            if rest.partition('.')[0] in OWN_CHILDREN:
+                return None, key
+            return name, f'{name}.experts.0.{rest}'
+    return None, key
+
+
+def _channels(patterns: Mapping[str, int], key: str) -> int | None:
+    """Channels of one anchor where ``key`` (of the model) is a parameter with class rows."""
+    module = _without_expert(key).rpartition('.')[0]
+    for pattern, channels in patterns.items():
+        if re.fullmatch(pattern, module):
+            return channels
+    return None
+
+
+def _row_sources(space: Any, classes: Sequence[str]) -> list[int | None]:
+    """For each unified class its row in the checkpoint, or None.
+
+    A class is found by its unified name or by what its domains call it.
+    """
+    position = {name: row for row, name in reversed(list(enumerate(classes)))}
+    aliases: dict[str, list[str]] = {name: [name] for name in space.classes}
+    for domain in space.domains:
+        for name in space.local_classes(domain):
+            aliases[space.unified_name(domain, name)].append(name)
+    return [
+        next((position[alias] for alias in aliases[name] if alias in position), None)
+        for name in space.classes
+    ]
+
+
+def _copy_rows(
+    value: Tensor,
+    target: Tensor,
+    channels: int,
+    num_classes: int,
+    classes: Sequence[str] | None,
+    rows: Sequence[int | None] | None,
+) -> Tensor:
+    """``target`` with the rows ``value`` has by name; both are laid out (anchors, channels)."""
+    shapes = f'{tuple(value.shape)} in the checkpoint, {tuple(target.shape)}'
+    if value.shape[1:] != target.shape[1:]:
+        raise CheckpointError(shapes)
+    if rows is None or classes is None:
+        return target.clone()
+    background = channels - num_classes
+    anchors = target.shape[0] // channels
+    theirs = len(classes) + background
+    if value.shape[0] != anchors * theirs:
+        raise CheckpointError(
+            f'{shapes}: not {anchors} anchors x {theirs} channels, as its '
+            f'{len(classes)} class names would have it'
+        )
+    new = target.clone().reshape(anchors, channels, *target.shape[1:])
+    old = value.detach().cpu().to(new.dtype).reshape(anchors, theirs, *target.shape[1:])
+    for i, row in enumerate(rows):
+        if row is not None:
+            new[:, i] = old[:, row]
+    if background:
+        new[:, num_classes:] = old[:, len(classes) :]
+    return new.reshape(target.shape)
+
+
+@torch.no_grad()
+def copy_class_rows(
+    model: nn.Module, state_dict: Mapping[str, Tensor], classes: Sequence[str], names: Sequence[str]
+) -> list[str]:
+    """Copy the rows of the classes ``names`` into the model's class parameters, in every expert.
+
+    Args:
+        model: As for :func:`fit_checkpoint`.
+        state_dict: A dense checkpoint's weights.
+        classes: Its class names.
+        names: Unified classes whose rows are to be taken from it.
+
+    Returns:
+        The parameters that were written to.
+    """
+    fitted, _ = fit_checkpoint(model, state_dict, classes)
+    patterns = model.class_rows()
+    index = [model.label_space.unified_id(name) for name in names]
+    written = []
+    for key, parameter in model.named_parameters():
+        channels = _channels(patterns, key)
+        dense_key = _without_expert(key)
+        if channels is None or dense_key not in fitted:
+            continue
+        view = parameter.view(-1, channels, *parameter.shape[1:])
+        source = fitted[dense_key].to(parameter).reshape(view.shape)
+        view[:, index] = source[:, index]
+        written.append(key)
+    return written
+
+
+def _without_expert(key: str) -> str:
+    return re.sub(r'\.experts\.\d+', '', key)
