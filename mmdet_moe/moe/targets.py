@@ -192,7 +192,7 @@ def why_unsafe(model: nn.Module, name: str) -> str | None:
 
 
 @functools.cache
-def _uses(owner: type[nn.Module]) -> frozenset[tuple[str, ...]]:
+def _uses(owner: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
     """Every ``self.a.b[i].c`` in the code of a class, as ``('a', 'b', '*', 'c')``."""
     uses: set[tuple[str, ...]] = set()
     todo, seen = list(_ENTRIES), set()
@@ -215,7 +215,7 @@ def _uses(owner: type[nn.Module]) -> frozenset[tuple[str, ...]]:
             todo += [path[0] for path in found.paths]
             if 'super(' not in source:
                 break
-    return frozenset(uses)
+    return tuple(sorted(uses))
 
 
 class _Uses(ast.NodeVisitor):
