@@ -97,6 +97,7 @@ def tiny_dataset(tiny_domains):
             'pipeline': [
                 {'type': 'LoadImageFromFile'},
                 {'type': 'LoadAnnotations', 'with_bbox': True},
+                {'type': 'Resize', 'scale': (64, 48), 'keep_ratio': True},
                 {'type': 'PackDetInputs'},
             ],
             **kwargs,

@@ -1,0 +1,5 @@
+"""What runs beside the model: hooks."""
+
+from mmdet_moe.engine.hooks import RandomStateHook
+
+__all__ = ['RandomStateHook']
