@@ -270,9 +270,7 @@ class Detached:
     @torch.no_grad()
     def embed(self, images: Sequence[Tensor]) -> Tensor:
         """Embeddings of RGB images (3, H_i, W_i) in 0..255, has shape (B, d)."""
-        device = images[0].device
-        with torch.autocast(device.type, enabled=False):
-            return self.module(device).embed(list(images))
+        return self.module(images[0].device).embed(list(images))
 
     def __deepcopy__(self, memo: dict) -> Detached:
         return self

@@ -97,7 +97,9 @@ def test_class_rows_inside_experts_are_fitted_too():
 def test_aliases_and_concatenated_heads_find_their_classes():
     space = LabelSpace(dict(voc=['aeroplane']), synonyms={'aeroplane': 'airplane'})
     model = build('dino', label_space=space)
-    theirs = build('dino', seed=1, label_space=LabelSpace(dict(x=['aeroplane', 'cat']))).state_dict()
+    theirs = build(
+        'dino', seed=1, label_space=LabelSpace(dict(x=['aeroplane', 'cat']))
+    ).state_dict()
     assert fit_checkpoint(model, theirs, ['aeroplane', 'cat'])[1].copied == ['airplane']
     concatenated = LabelSpace(dict(wall=['crack', 'brick', 'dog']), merge=False)
     model = build('dino', label_space=concatenated)

@@ -1,0 +1,5 @@
+"""Transforms."""
+
+from mmdet_moe.datasets.transforms.set_domain import SetDomain
+
+__all__ = ['SetDomain']
