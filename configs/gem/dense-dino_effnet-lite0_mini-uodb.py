@@ -1,0 +1,8 @@
+# The dense twin: one DINO for all domains, every weight shared.
+_base_ = [
+    '../_base_/models/dino_effnet-lite0.py',
+    '../_base_/datasets/mini_uodb.py',
+    '../_base_/schedules/mini_uodb.py',
+    '../_base_/default_runtime.py',
+]
+model = dict(label_space={{_base_.label_space}})

@@ -1,0 +1,17 @@
+# GEM-DINO as in the paper: the FFNs of decoder layers 1, 3 and 5 have experts, and the plan says
+# which of them serve a dataset. Make the plan first:
+#   python tools/plan_experts.py configs/gem/dense-dino-4scale_r50_8xb2-12e_uodb.py \
+#       --out work_dirs/uodb/plan.json
+_base_ = './dense-dino-4scale_r50_8xb2-12e_uodb.py'
+plan = '{{$UODB_PLAN:work_dirs/uodb/plan.json}}'
+model = dict(
+    plan=plan,
+    moe=[
+        dict(
+            targets=r'decoder\.layers\.[135]\.ffn',
+            router=dict(type='PlanRouter', unknown='nearest'),
+        )
+    ],
+)
+# An expert whose datasets are not in a rank's batch has no gradient there.
+find_unused_parameters = True

@@ -1,0 +1,14 @@
+# GEM-RetinaNet: the dense twin with experts, routed by the plan that tools/plan_experts.py makes.
+_base_ = './dense-retinanet_effnet-lite0_mini-uodb.py'
+plan = '{{$MINI_UODB_PLAN:work_dirs/mini_uodb/plan.json}}'
+model = dict(
+    plan=plan,
+    moe=[
+        dict(
+            targets=[
+                r'bbox_head\.(cls|reg)_convs\.\d',
+            ],
+            router=dict(type='PlanRouter', unknown='nearest'),
+        )
+    ],
+)
