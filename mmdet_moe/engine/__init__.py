@@ -1,5 +1,5 @@
 """What runs beside the model: hooks."""
 
-from mmdet_moe.engine.hooks import RandomStateHook
+from mmdet_moe.engine.hooks import RandomStateHook, UpcycleHook
 
-__all__ = ['RandomStateHook']
+__all__ = ['RandomStateHook', 'UpcycleHook']
