@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _load_tool():
-    spec = importlib.util.spec_from_file_location('demo_tool', ROOT / 'tools/demo.py')
+def _load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f'tools/{name}.py')
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-tool = _load_tool()
+# Tools import their neighbours by bare name, as scripts do.
+job = _load('steps')
+tool = _load('demo')
 
 
 def _rows(*ap50: float) -> list[dict]:
@@ -70,11 +74,11 @@ def test_training_is_reported_in_short_lines() -> None:
         '11/22 05:01:59 - mmengine - INFO - Iter(train) [100/600]  base_lr: 9.8e-04 lr: 2.9e-04  '
         'eta: 0:05:12  time: 0.52  data_time: 0.01  grad_norm: 4.07  loss: 0.5442  loss_cls: 0.34'
     )
-    assert tool.progress(line) == 'train 100/600  eta 0:05:12  loss 0.5442'
-    assert tool.progress('Iter(test) [ 50/240]    eta: 0:00:05  time: 0.1') == (
+    assert job.progress(line) == 'train 100/600  eta 0:05:12  loss 0.5442'
+    assert job.progress('Iter(test) [ 50/240]    eta: 0:00:05  time: 0.1') == (
         'test 50/240  eta 0:00:05'
     )
-    assert tool.progress('paramwise_options -- backbone.lr=0.0003') is None
+    assert job.progress('paramwise_options -- backbone.lr=0.0003') is None
 
 
 def test_a_step_is_done_once_and_again_when_something_before_it_changed(tmp_path: Path) -> None:
@@ -82,7 +86,7 @@ def test_a_step_is_done_once_and_again_when_something_before_it_changed(tmp_path
 
     def go(inputs: str, first: str = '') -> list[str]:
         ran.clear()
-        steps = tool.Steps(tmp_path, inputs, {})
+        steps = job.Steps(tmp_path, inputs, {})
         for name, of_step in (('one', first), ('two', '')):
             output = tmp_path / name
             steps.step(
@@ -103,21 +107,21 @@ def test_a_step_knows_that_it_was_begun_and_broke_off(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tool.Steps(tmp_path, 'a', {}).step('train', '', breaks, '', [])
+        job.Steps(tmp_path, 'a', {}).step('train', '', breaks, '', [])
     seen: list[bool] = []
-    tool.Steps(tmp_path, 'a', {}).step('train', '', seen.append, '', [])
-    tool.Steps(tmp_path, 'changed', {}).step('train', '', seen.append, '', [])
+    job.Steps(tmp_path, 'a', {}).step('train', '', seen.append, '', [])
+    job.Steps(tmp_path, 'changed', {}).step('train', '', seen.append, '', [])
     assert seen == [True, False]
 
 
 def test_a_step_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(tool.StepError, match='without writing'):
-        tool.Steps(tmp_path, 'a', {}).step('plan', 'plan', lambda _: None, '', [tmp_path / 'plan'])
+    with pytest.raises(job.StepError, match='without writing'):
+        job.Steps(tmp_path, 'a', {}).step('plan', 'plan', lambda _: None, '', [tmp_path / 'plan'])
 
 
 def test_a_tool_that_fails_shows_the_end_of_its_output(tmp_path: Path) -> None:
     (tmp_path / 'bad.py').write_text("print('loss is nan'); raise SystemExit(3)")
-    steps = tool.Steps(tmp_path, 'a', {})
-    with pytest.raises(tool.StepError, match=r'exit code 3(.|\n)*loss is nan'):
+    steps = job.Steps(tmp_path, 'a', {})
+    with pytest.raises(job.StepError, match=r'exit code 3(.|\n)*loss is nan'):
         steps.run(str(tmp_path / 'bad.py'), show=lambda line: None)
-    assert 'loss is nan' in (tmp_path / 'demo.log').read_text()
+    assert 'loss is nan' in (tmp_path / 'steps.log').read_text()

@@ -1,0 +1,256 @@
+"""What the end-to-end jobs (``demo.py``, ``mini_uodb.py``) share: steps that are not done twice.
+
+Each step is one command of this repository, printed before it runs, with its full output in a log.
+A step whose inputs have not changed since it was last done is skipped; an interrupted training goes
+on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class StepError(RuntimeError):
+    """A step failed; the message says which and where its output is."""
+
+
+def write_json(path: Path, content: object) -> None:
+    part = path.with_name(f'{path.name}.part')
+    part.write_text(json.dumps(content, indent=2) + '\n')
+    os.replace(part, path)
+
+
+class Steps:
+    """Runs steps in order and remembers, across calls, which are done.
+
+    A step's key covers the keys of all steps before it, so that one that runs again makes all
+    later ones run again.
+
+    Args:
+        out: Folder that holds the memory (``steps.json``) and the log (``steps.log``).
+        inputs: Anything that all steps depend on.
+        env: Environment variables for all commands.
+    """
+
+    def __init__(self, out: Path, inputs: str, env: dict[str, str]) -> None:
+        self.memory = out / 'steps.json'
+        self.log = out / 'steps.log'
+        self.env = {**os.environ, **env}
+        self.key = hashlib.sha256(inputs.encode()).hexdigest()
+        try:
+            self.done: dict[str, str] = json.loads(self.memory.read_text())
+        except (OSError, ValueError):
+            self.done = {}
+
+    def _remember(self, name: str) -> None:
+        self.done[name] = self.key
+        write_json(self.memory, self.done)
+
+    def step(
+        self,
+        name: str,
+        what: str,
+        action: Callable[[bool], None],
+        inputs: str,
+        outputs: list[Path],
+    ) -> None:
+        """Do one step, unless it is done.
+
+        Args:
+            name: Its name in the memory.
+            what: What the user reads.
+            action: Does it. The argument says whether the same step was begun before and broke off.
+            inputs: What it depends on besides all steps before it.
+            outputs: Files that exist when it is done.
+        """
+        self.key = hashlib.sha256(f'{self.key} {name} {inputs}'.encode()).hexdigest()
+        if self.done.get(name) == self.key and all(path.exists() for path in outputs):
+            print(f'== {what}: done already', flush=True)
+            return
+        print(f'== {what}', flush=True)
+        start = time.monotonic()
+        begun_before = self.done.get(f'{name} begun') == self.key
+        self._remember(f'{name} begun')
+        action(begun_before)
+        missing = [str(path) for path in outputs if not path.exists()]
+        if missing:
+            raise StepError(f'{what}: ended without writing {", ".join(missing)} (see {self.log})')
+        self._remember(name)
+        print(f'   {time.monotonic() - start:.0f} s', flush=True)
+
+    def run(
+        self, *arguments: str, show: Callable[[str], str | None], env: dict[str, str] | None = None
+    ) -> None:
+        """Run one of our tools.
+
+        Args:
+            *arguments: The tool and its arguments.
+            show: Turns a line of its output into what the user sees of it, None for nothing.
+            env: Environment variables for this command.
+
+        Raises:
+            StepError: If it fails, with the end of its output.
+        """
+        spoken = ' '.join([*(f'{k}={v}' for k, v in (env or {}).items()), 'python', *arguments])
+        print(f'   $ {spoken}', flush=True)
+        tail: list[str] = []
+        with self.log.open('a') as log:
+            log.write(f'\n$ {spoken}\n')
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env={**self.env, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors='replace',
+            )
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    log.write(line)
+                    log.flush()
+                    tail = [*tail[-24:], line]
+                    shown = show(line.rstrip('\n'))
+                    if shown is not None:
+                        print(f'   {shown}', flush=True)
+                process.wait()
+            except BaseException:
+                process.terminate()
+                process.wait()
+                raise
+        if process.returncode:
+            raise StepError(
+                f'{arguments[0]} failed with exit code {process.returncode}. The end of '
+                f'{self.log}:\n{"".join(tail)}'
+            )
+
+
+def everything(line: str) -> str:
+    """Show a tool's output as it is."""
+    return line
+
+
+def progress(line: str) -> str | None:
+    """Show what mmengine's log says about progress: iteration, loss, time left."""
+    match = re.search(r'(Iter|Epoch)\((\w+)\)\s*(?:\[\d+\])?\s*\[\s*(\d+)/(\d+)\s*\](.*)', line)
+    if not match:
+        return None
+    _, phase, at, of, rest = match.groups()
+    facts = [f'{phase} {at}/{of}']
+    for name in ('eta', 'loss'):
+        found = re.search(rf'\b{name}: (\S+)', rest)
+        if found:
+            facts.append(f'{name} {found[1]}')
+    return '  '.join(facts)
+
+
+def source_digest() -> str:
+    """Hash of all code and configs that a job's result depends on."""
+    digest = hashlib.sha256()
+    files = [*(ROOT / 'mmdet_moe').rglob('*.py'), *(ROOT / 'configs').rglob('*.py')]
+    files += (ROOT / 'requirements').glob('pinned*.txt')
+    for path in sorted(files):
+        if '.mim' not in path.parts:
+            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def devices() -> dict[str, str]:
+    """Environment that hides a GPU from torch where mmcv has no operators for it."""
+    import torch
+
+    if torch.cuda.is_available():
+        from mmcv.ops import get_compiling_cuda_version
+
+        if get_compiling_cuda_version() == 'not available':
+            print('   the GPU stays idle: mmcv was built without CUDA operators')
+            return {'CUDA_VISIBLE_DEVICES': ''}
+    return {}
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a training, None if there is none."""
+    try:
+        path = Path((folder / 'last_checkpoint').read_text().strip())
+    except OSError:
+        return None
+    path = path if path.is_absolute() else ROOT / path
+    return path if path.is_file() else None
+
+
+def read_metrics(folder: Path) -> dict[str, float]:
+    """The metrics that mmengine's newest test run left below ``folder``."""
+    files = sorted(folder.glob('*/*.json'), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise StepError(f'no metrics below {folder}')
+    return json.loads(files[-1].read_text())
+
+
+def train(steps: Steps, what: str, config: str, folder: Path, seed: int) -> Path:
+    """The step that trains a config into ``folder``; returns the checkpoint.
+
+    Raises:
+        StepError: If training fails or leaves no checkpoint.
+    """
+
+    def action(begun_before: bool) -> None:
+        if not begun_before:
+            shutil.rmtree(folder, ignore_errors=True)
+        resume = ['--resume'] if last_checkpoint(folder) else []
+        arguments = ['tools/train.py', config, '--work-dir', str(folder), *resume]
+        steps.run(*arguments, '--cfg-options', f'randomness.seed={seed}', show=progress)
+
+    done = [folder / 'last_checkpoint']
+    steps.step(f'train {folder.name}', what, action, f'{config} {seed}', done)
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        raise StepError(f'training left no checkpoint in {folder}')
+    return checkpoint
+
+
+def test(steps: Steps, what: str, config: str, checkpoint: Path, folder: Path) -> dict[str, float]:
+    """The step that tests a checkpoint; returns its metrics, also in ``<folder>/metrics.json``."""
+
+    def action(_: bool) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        arguments = ['tools/test.py', config, str(checkpoint), '--work-dir', str(folder)]
+        steps.run(*arguments, show=progress)
+        write_json(folder / 'metrics.json', read_metrics(folder))
+
+    steps.step(f'test {folder.name}', what, action, config, [folder / 'metrics.json'])
+    return json.loads((folder / 'metrics.json').read_text())
+
+
+def threads() -> str:
+    """Threads per command: all cores, unless the user has said otherwise."""
+    return os.environ.get('OMP_NUM_THREADS', str(os.cpu_count() or 1))
+
+
+def call(name: str, job: Callable[[], int]) -> int:
+    """Run a job; its exit code, with one clear line where it fails or is interrupted."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    start = time.monotonic()
+    try:
+        code = job()
+    except StepError as error:
+        print(f'{name}: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f'\n{name}: interrupted; the same command goes on from here', file=sys.stderr)
+        return 130
+    print(f'{name}: {time.monotonic() - start:.0f} s')
+    return code
