@@ -365,7 +365,7 @@ def make_domains(
     *,
     images: int = 240,
     val_images: int = 40,
-    size: int = 160,
+    size: int = 128,
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = False,
@@ -465,7 +465,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--val-images', type=int, default=40, help='validation images per domain (default: 40)'
     )
-    parser.add_argument('--size', type=int, default=160, help='image side in pixels (default: 160)')
+    parser.add_argument('--size', type=int, default=128, help='image side in pixels (default: 128)')
     parser.add_argument(
         '--overwrite', action='store_true', help='replace domains made with other arguments'
     )
