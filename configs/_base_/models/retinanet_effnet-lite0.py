@@ -37,9 +37,7 @@ model = dict(
             strides=[8, 16, 32, 64],
         ),
         bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
-        loss_cls=dict(
-            type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0
-        ),
+        loss_cls=dict(type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
         loss_bbox=dict(type='L1Loss', loss_weight=1.0),
     ),
     train_cfg=dict(

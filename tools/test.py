@@ -1,0 +1,133 @@
+"""Test a detector per domain. The arguments are those of mmdet's ``tools/test.py``, and one more:
+
+    python tools/test.py CONFIG CHECKPOINT [--out-json metrics.json] [--out predictions.pkl]
+
+``--out-json`` writes what ``tools/analysis_tools/compare_runs.py`` reads::
+
+    {"config": "...", "checkpoint": "...", "seed": 0, "iter": 1500,
+     "metrics": {"bccd/coco/bbox_mAP": 0.54, ..., "macro/coco/bbox_mAP": 0.29}}
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+# Before any config is read: with it, `_base_ = 'mmdet_moe::...'` means the shipped configs.
+import mmdet_moe  # noqa: F401  isort: skip
+from mmdet.evaluation import DumpDetResults
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import CheckpointLoader
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config of the model and its test data')
+    parser.add_argument('checkpoint', help='what to test')
+    parser.add_argument('--work-dir', help='folder for the log')
+    parser.add_argument('--out-json', metavar='FILE', help='write the metrics there')
+    parser.add_argument('--out', metavar='FILE.pkl', help='write the predictions there')
+    parser.add_argument('--show', action='store_true', help='show detections')
+    parser.add_argument('--show-dir', help='folder below the log for pictures of detections')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds each is shown')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='change the config'
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    # Two spellings: older and newer torch.distributed.launch.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
+        parser.error(f'--out must end in .pkl or .pickle, got {args.out}')
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The config with the command line's changes."""
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    cfg.load_from = args.checkpoint
+    cfg.resume = False
+    if args.show or args.show_dir:
+        hook = cfg.default_hooks.visualization
+        hook.update(draw=True, show=args.show, wait_time=args.wait_time)
+        if args.show_dir:
+            hook.test_out_dir = args.show_dir
+    if args.tta:
+        use_tta(cfg)
+    return cfg
+
+
+def use_tta(cfg: Config) -> None:
+    """Test with the config's ``tta_model`` and ``tta_pipeline``, or, where it has none, with flips."""
+    if 'tta_model' not in cfg:
+        cfg.tta_model = dict(
+            type='DetTTAModel',
+            tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
+        )
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    if 'tta_pipeline' not in cfg:
+        *loading, packing = copy.deepcopy(dataset.pipeline)
+        packing.meta_keys = (*packing.get('meta_keys', ()), 'flip', 'flip_direction')
+        flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
+        cfg.tta_pipeline = [*loading, dict(type='TestTimeAug', transforms=[flips, [packing]])]
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file that is never there in part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'{path.name}.part')
+    part.write_text(json.dumps(content, indent=2) + '\n')
+    os.replace(part, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    cfg = read_config(args)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if args.out is not None:
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    metrics = runner.test()
+    if args.out_json is not None and runner.rank == 0:
+        meta = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu').get('meta', {})
+        # JSON knows no nan: a value that does not exist is null.
+        clean = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()
+        }
+        write_json(
+            Path(args.out_json),
+            {
+                'config': os.path.abspath(args.config),
+                'checkpoint': os.path.abspath(args.checkpoint),
+                'seed': meta.get('seed'),
+                'iter': meta.get('iter'),
+                'metrics': clean,
+            },
+        )
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
