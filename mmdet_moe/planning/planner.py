@@ -1,4 +1,4 @@
-"""From a :class:`PlanningProblem` to an :class:`ExpertPlan`: relax, round, repair, polish, certify."""
+"""From a problem to a plan: relax, round, repair, polish, certify."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmdet_moe.planning import checks, solver
 from mmdet_moe.planning.certificate import gaps, moves_of, worth_of
 from mmdet_moe.planning.errors import InfeasibleError, NoPlanFoundError, PlanError
 from mmdet_moe.planning.instance import Instance, canonical
-from mmdet_moe.planning.plan import ExpertPlan, exact_loads
+from mmdet_moe.planning.plan import LOAD_TOLERANCE, ExpertPlan, exact_loads
 from mmdet_moe.planning.polish import TOLERANCE, Polished, polish
 from mmdet_moe.planning.printed import printed_rounding
 from mmdet_moe.planning.problem import PlanningProblem
@@ -286,8 +286,6 @@ def _recheck(
     problem: PlanningProblem, capacity: np.ndarray, chosen: np.ndarray, loads: np.ndarray
 ) -> None:
     """The promise, checked once more on the user's own arrays before a plan leaves."""
-    from mmdet_moe.planning.plan import LOAD_TOLERANCE
-
     if (loads > capacity * (1 + LOAD_TOLERANCE)).any():
         raise RuntimeError(
             'a planned map exceeds a capacity: a defect of the planner, please report'

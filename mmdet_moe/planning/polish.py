@@ -340,7 +340,6 @@ def polish(
         progress: Called with a line about each step.
     """
     bound = relaxation.bound
-    reduced = relaxation.reduced
     limit = None if exact else nodes
     say = progress or (lambda text: None)
 

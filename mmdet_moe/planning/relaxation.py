@@ -250,10 +250,10 @@ def solve_generated(instance: Instance, clock: Clock | None = None, per_row: int
         before = known.sum()
         np.put_along_axis(known, best, True, axis=1)
         known &= instance.allowed
-        pairs = np.nonzero(known)
+        i, j = np.nonzero(known)
         everything = known.sum() == instance.allowed.sum()
         try:
-            found = solve_arrays(instance, clock, pairs)
+            found = solve_arrays(instance, clock, (i, j))
         except InfeasibleError:
             if everything:
                 raise

@@ -179,9 +179,9 @@ def _step(
         return np.where(np.isneginf(gain) & np.isfinite(cut), -1e9 * (1e-9 - cut) - lost, gain)
 
     if under:  # rows come to this expert, from wherever
-        i, source = np.nonzero(state.chosen & ~state.chosen[:, [expert]])
+        i, sources = np.nonzero(state.chosen & ~state.chosen[:, [expert]])
         ok = instance.allowed[i, expert]
-        i, source = i[ok], source[ok]
+        i, sources = i[ok], sources[ok]
         if len(i):
             before = state.breach(state.load)
             cut = before[expert] - state.breach(
@@ -189,19 +189,19 @@ def _step(
             )
             cut = (
                 cut
-                + before[source]
-                - state.breach(state.load[source] - state.demand[i, source], source)
+                + before[sources]
+                - state.breach(state.load[sources] - state.demand[i, sources], sources)
             )
             if state.rivals is not None:
-                cut = cut + state.rivals[i, source] - state.rivals[i, expert]
-            lost = instance.worth[i, source] - instance.worth[i, expert]
+                cut = cut + state.rivals[i, sources] - state.rivals[i, expert]
+            lost = instance.worth[i, sources] - instance.worth[i, expert]
             for row, target in banned:
                 if target == expert:
                     cut[i == row] = -np.inf
             points = score(cut, lost)
             k = int(np.argmax(points))
             if np.isfinite(points[k]):
-                candidates.append((float(points[k]), float(cut[k]), (i[k], source[k], expert)))
+                candidates.append((float(points[k]), float(cut[k]), (i[k], sources[k], expert)))
     rows = np.flatnonzero(state.chosen[:, expert])
     if len(rows):
         if not under:
@@ -223,14 +223,14 @@ def _step(
         return False
     _, _, action = max(candidates, key=lambda c: c[0])
     if len(action) == 3:
-        i, source, target = (int(v) for v in action)
-        state.move(i, source, target)
-        tabu[i, source] = until
+        row, source, target = (int(v) for v in action)
+        state.move(row, source, target)
+        tabu[row, source] = until
     else:
-        i, source, p, target = (int(v) for v in action)
-        state.move(i, source, target)
-        state.move(p, target, source)
-        tabu[i, source] = tabu[p, target] = until
+        row, source, other, target = (int(v) for v in action)
+        state.move(row, source, target)
+        state.move(other, target, source)
+        tabu[row, source] = tabu[other, target] = until
     return True
 
 
