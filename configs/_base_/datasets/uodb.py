@@ -1,11 +1,11 @@
-# The Universal Object Detection Benchmark (Wang et al. 2019): 11 datasets. Its own download is dead:
-# take every dataset from its owner, convert it to COCO json and lay it out as
+# The Universal Object Detection Benchmark (Wang et al. 2019): 11 datasets. Its own download is
+# dead: take every dataset from its owner, convert it to COCO json and lay it out as
 #   $UODB/<domain>/{train,test}.json and the images in $UODB/<domain>/{train,test}/
-# Splits: KITTI, WiderFace and DOTA train/val; VOC 07+12 trainval / 07 test; LISA (its superclasses),
+# Splits: KITTI, WiderFace and DOTA train/val; VOC 07+12 trainval / 07 test; LISA (superclasses),
 # Kitchen (GMU), Comic, Clipart and Watercolor train/test; COCO 2014 train + valminusminival /
 # minival; DeepLesion trainval/test.
 #
-# Variables only: the configs that use them replace the dataloaders of the mmdet config they inherit.
+# Variables only: configs that use them replace the dataloaders of the mmdet config they inherit.
 uodb_root = '{{$UODB:data/uodb/}}'
 voc = [
     'aeroplane',
