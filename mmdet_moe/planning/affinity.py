@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from mmdet_moe.planning import checks
 from mmdet_moe.planning.errors import InfeasibleError, PlanError
+from mmdet_moe.planning.plan import ExpertPlan
 from mmdet_moe.planning.pricing import solve_transport_lp
 
 Floats = NDArray[np.float64]
@@ -257,6 +258,44 @@ def load_affinity(
     except PlanError as error:
         raise PlanError(f'affinity file {os.fspath(path)!r}: {error}') from None
     return matrix, None if experts is None else columns
+
+
+def match_experts(
+    matrix: Floats,
+    datasets: Sequence[str],
+    experts: Sequence[str],
+    previous: ExpertPlan,
+    capacity: Floats | None = None,
+) -> Floats:
+    """Gives prototypes to the experts of an earlier plan whose datasets they suit best.
+
+    Prototypes computed anew come in an order of their own; without this, planning again after a
+    dataset was added would move every dataset for nothing.
+
+    Args:
+        matrix: Affinity of shape (m, n).
+        datasets: The m names of its rows.
+        experts: The n names of its columns.
+        previous: The earlier plan.
+        capacity: Shape (n,): only experts of equal capacity may change places.
+
+    Returns:
+        ``matrix`` with its columns permuted: of all permutations the one in which the datasets and
+        experts of the earlier plan have the largest affinity in sum.
+    """
+    n = len(experts)
+    column = {expert: j for j, expert in enumerate(experts)}
+    worth = np.zeros((n, n))  # of giving expert j prototype k
+    for row, name in zip(matrix, datasets, strict=True):
+        for expert, weight in previous.assignment.get(name, {}).items():
+            if expert in column:
+                worth[column[expert]] += weight * row
+    if capacity is not None:
+        worth[capacity[:, None] != capacity[None, :]] = -1e9 * (1 + np.abs(worth).max())
+    # Among equals the permutation that changes least: experts without a past keep their place.
+    worth += 1e-9 * (1 + np.abs(matrix).max()) * np.eye(n)
+    _, order = scipy.optimize.linear_sum_assignment(worth, maximize=True)
+    return matrix[:, order]
 
 
 # ---------------------------------------------------------------------- the pooled images
