@@ -1,5 +1,5 @@
 # Six generated domains of handwritten digits that contradict each other on purpose: the same stroke
-# is another class in every one. Made by tools/make_domains.py; 160 px.
+# is another class in every one. Made by tools/make_domains.py; 128 px.
 data_root = '{{$MMDET_MOE_DEMO_DATA:work_dirs/demo/data/}}'
 label_space = dict(
     domains=dict(
@@ -27,12 +27,12 @@ label_space = dict(
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='Resize', scale=(160, 160), keep_ratio=True),
+    dict(type='Resize', scale=(128, 128), keep_ratio=True),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(160, 160), keep_ratio=True),
+    dict(type='Resize', scale=(128, 128), keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(
         type='PackDetInputs',
