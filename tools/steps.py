@@ -192,14 +192,6 @@ def last_checkpoint(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def read_metrics(folder: Path) -> dict[str, float]:
-    """The metrics that mmengine's newest test run left below ``folder``."""
-    files = sorted(folder.glob('*/*.json'), key=lambda path: path.stat().st_mtime)
-    if not files:
-        raise StepError(f'no metrics below {folder}')
-    return json.loads(files[-1].read_text())
-
-
 def train(steps: Steps, what: str, config: str, folder: Path, seed: int) -> Path:
     """The step that trains a config into ``folder``; returns the checkpoint.
 
@@ -223,16 +215,16 @@ def train(steps: Steps, what: str, config: str, folder: Path, seed: int) -> Path
 
 
 def test(steps: Steps, what: str, config: str, checkpoint: Path, folder: Path) -> dict[str, float]:
-    """The step that tests a checkpoint; returns its metrics, also in ``<folder>/metrics.json``."""
+    """The step that tests a checkpoint; returns its metrics, ``<folder>/metrics.json`` has them."""
+    result = folder / 'metrics.json'
 
     def action(_: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         arguments = ['tools/test.py', config, str(checkpoint), '--work-dir', str(folder)]
-        steps.run(*arguments, show=progress)
-        write_json(folder / 'metrics.json', read_metrics(folder))
+        steps.run(*arguments, '--out-json', str(result), show=progress)
 
-    steps.step(f'test {folder.name}', what, action, config, [folder / 'metrics.json'])
-    return json.loads((folder / 'metrics.json').read_text())
+    steps.step(f'test {folder.name}', what, action, config, [result])
+    return json.loads(result.read_text())['metrics']
 
 
 def threads() -> str:
