@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmdet.evaluation import CocoMetric
+from mmdet.structures.mask import encode_mask_results
 from mmengine.dist import broadcast_object_list, collect_results, get_dist_info, is_main_process
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.logging import print_log
@@ -29,8 +31,8 @@ class MultiDomainEvaluator(Evaluator):
 
     Keys of the result are ``'<domain>/<metric key>'``, for instance ``'bccd/coco/bbox_mAP'``, and
     for every numeric metric key ``'macro/<metric key>'``, its mean over the domains that report it,
-    leaving out those without images or without ground truth (COCO's -1, nan). So
-    ``save_best='macro/coco/bbox_mAP'`` works.
+    leaving out those without images or without ground truth (COCO's -1, nan), but not those
+    without detections, which count as zero. So ``save_best='macro/coco/bbox_mAP'`` works.
 
     Processes each evaluate their share; results are gathered as mmengine does (``collect_device``),
     and images that a sampler repeated to fill up the last batch count once.
@@ -237,6 +239,8 @@ class MultiDomainEvaluator(Evaluator):
             empty = all(count == 0 for count, _ in items)
             for place, metric in enumerate(self.domain_metrics[domain]):
                 gathered = [result for _, item in items for result in _cpu(item[place])]
+                if isinstance(metric, CocoMetric):
+                    gathered = _with_a_box(gathered)
                 for name, value in metric.compute_metrics(gathered).items():
                     name = f'{metric.prefix}/{name}' if metric.prefix else name
                     if f'{domain}/{name}' in values:
@@ -257,6 +261,29 @@ def _order(key: tuple) -> tuple:
     """Sort numbers by value and before names, so that results come in the dataset's order."""
     index = key[1]
     return (key[0], isinstance(index, str), index)
+
+
+def _with_a_box(results: list[tuple[dict, dict]]) -> list[tuple[dict, dict]]:
+    """Make sure that ``CocoMetric`` has something to count.
+
+    Where no image has a detection it reports nothing, and the domain would drop out of the average
+    that it should pull down. One detection of score 0 beside everything gives the zeros (and the
+    -1 where there is no ground truth) that COCO's rules give.
+    """
+    if any(len(prediction['bboxes']) for _, prediction in results):
+        return results
+    (truth, first), *others = results
+    size = (truth['height'], truth['width'])
+    box = {
+        'bboxes': np.array([[-2.0, -2.0, -1.0, -1.0]], dtype=np.float32),
+        'scores': np.zeros(1, dtype=np.float32),
+        'labels': np.zeros(1, dtype=np.int64),
+    }
+    if 'masks' in first:
+        box['masks'] = encode_mask_results(np.zeros((1, *size), dtype=np.uint8))
+    if 'mask_scores' in first:
+        box['mask_scores'] = np.zeros(1, dtype=np.float32)
+    return [(truth, {**first, **box}), *others]
 
 
 def _num_objects(sample: Mapping[str, Any]) -> int | None:

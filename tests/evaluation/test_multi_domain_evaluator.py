@@ -219,6 +219,30 @@ def test_the_average_leaves_out_domains_that_say_nothing():
     assert evaluator.evaluate(3)['macro/tally/ap'] == 0.5
 
 
+def test_a_domain_without_detections_counts_as_zero(val, tiny_domains):
+    def only_ink(element):
+        element = perfect(element)
+        if element.domain != 'ink':
+            element.pred_instances = element.pred_instances[:0]
+        return element
+
+    evaluator = MultiDomainEvaluator(
+        val.label_space, {name: coco(tiny_domains, name, classwise=True) for name in DOMAINS}
+    )
+
+    def no_detections(element):
+        element = perfect(element)
+        element.pred_instances = element.pred_instances[:0]
+        return element
+
+    values = run(evaluator, val, only_ink)
+    aps = [values[f'{name}/coco/bbox_mAP'] for name in DOMAINS]
+    assert aps == [1.0, 0.0, 0.0]
+    assert values['macro/coco/bbox_mAP'] == pytest.approx(1 / 3)
+    nothing = run(evaluator, val, no_detections)
+    assert nothing['macro/coco/bbox_mAP'] == 0  # a key for save_best even then
+
+
 def test_dumped_predictions_evaluate_offline(val, tiny_domains, tmp_path):
     metrics = {name: coco(tiny_domains, name) for name in DOMAINS}
     evaluator = MultiDomainEvaluator(val.label_space, metrics)
