@@ -26,31 +26,6 @@ CONFIGS = {
 }
 
 
-def make_table(metrics: dict[str, dict[str, float]]) -> tuple[list[dict], str]:
-    """AP of each domain in each run, as data and as text; the last row is the mean.
-
-    Args:
-        metrics: Run -> ``'<domain>/coco/bbox_mAP'`` and so on.
-    """
-    first = next(iter(metrics.values()))
-    domains = [key.split('/')[0] for key in first if key.endswith('/coco/bbox_mAP')]
-    domains = [domain for domain in domains if domain != 'macro']
-    rows = []
-    for domain in domains:
-        rows.append({'domain': domain})
-        for run, values in metrics.items():
-            rows[-1][f'{run} AP'] = values[f'{domain}/coco/bbox_mAP']
-            rows[-1][f'{run} AP50'] = values[f'{domain}/coco/bbox_mAP_50']
-    columns = [key for key in rows[0] if key != 'domain']
-    mean = {key: sum(row[key] for row in rows) / len(rows) for key in columns}
-    rows.append({'domain': 'mean', **mean})
-    text = ['domain    ' + ''.join(f'{key:>12}' for key in columns)]
-    for row in rows:
-        text.append(f'{row["domain"]:<10}' + ''.join(f'{row[key]:>12.3f}' for key in columns))
-    text.insert(-1, '-' * len(text[0]))
-    return rows, '\n'.join(text)
-
-
 def run(data: Path, out: Path, seed: int) -> int:
     """All steps; the exit code."""
     if not data.is_dir():
@@ -71,14 +46,16 @@ def run(data: Path, out: Path, seed: int) -> int:
         '',
         [plan],
     )
-    metrics = {}
+    tests = []
     for name, config in CONFIGS.items():
         checkpoint = job.train(steps, f'train {name} (seed {seed})', config, out / name, seed)
         folder = out / f'test-{name}'
-        metrics[name] = job.test(steps, f'test {name} per domain', config, checkpoint, folder)
-    rows, text = make_table(metrics)
-    job.write_json(out / 'results.json', rows)
-    print(f'\n{text}\n\nplan  {plan}\nruns  {out}')
+        job.test(steps, f'test {name} per domain', config, checkpoint, folder)
+        tests.append(f'{name}={folder / "metrics.json"}')
+    arguments = ['tools/analysis_tools/compare_runs.py', *tests, '--baseline', 'dense']
+    table = out / 'results.json'
+    steps.run(*arguments, '--out-json', str(table), show=job.everything)
+    print(f'plan  {plan}\nruns  {out}')
     return 0
 
 

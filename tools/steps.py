@@ -139,9 +139,10 @@ class Steps:
             )
 
 
-def everything(line: str) -> str:
-    """Show a tool's output as it is."""
-    return line
+def everything(line: str) -> str | None:
+    """Show a tool's own output, without the libraries' remarks."""
+    remark = ' - mmengine - ' in line or line == 'Could not import OneDL'
+    return None if remark else line
 
 
 def progress(line: str) -> str | None:

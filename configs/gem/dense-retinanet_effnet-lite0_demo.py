@@ -11,3 +11,4 @@ model = dict(
     backbone=dict(frozen_stages=2),
 )
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.3))))
+default_hooks = dict(logger=dict(interval=20))
