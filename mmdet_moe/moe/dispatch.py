@@ -19,18 +19,36 @@ from torch import Tensor, nn
 from mmdet_moe.moe.routing import Routing
 
 
-class _Permute(torch.autograd.Function):
-    """``x[order]`` for a permutation: the gradient is a gather too, not a scatter-add."""
+class _Gather(torch.autograd.Function):
+    """``x[items]`` where every item has k pairs; its adjoint is :class:`_Combine`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(order, inverse)
-        return x.index_select(0, order)
+    def forward(ctx: Any, x: Tensor, items: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(items, inverse)
+        ctx.num_items = x.shape[0]
+        return x.index_select(0, items)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        order, inverse = ctx.saved_tensors
-        return _Permute.apply(grad, inverse, order), None, None
+        return _Combine.apply(grad, *ctx.saved_tensors, ctx.num_items), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """The sum of each item's k rows of (n, ...), without a scatter-add."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, y: Tensor, items: Tensor, inverse: Tensor, num_items: int
+    ) -> Tensor:
+        ctx.save_for_backward(items, inverse)
+        y = y.index_select(0, inverse)
+        if y.shape[0] == num_items:
+            return y
+        return y.view(num_items, -1, *y.shape[1:]).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _Gather.apply(grad, *ctx.saved_tensors), None, None, None
 
 
 def run_experts(
@@ -65,19 +83,13 @@ def run_experts(
     if pairs == 0:
         return _nothing(experts[0], items, args, kwargs, per_item)
 
-    routing.to(items.device)
-    assert routing.items is not None
-    order, inverse = routing.items, None
-    if routing.permutation and not routing.in_order:
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.numel(), device=order.device)
+    routing = routing.on(items.device)
+    order, inverse, weights = routing.items, routing.inverse, routing.weights
+    assert order is not None
 
     def pieces(x: Tensor) -> Sequence[Tensor]:
         if not routing.in_order:
-            if inverse is not None:
-                x = _Permute.apply(x, order, inverse)
-            else:
-                x = x.index_select(0, order)
+            x = x.index_select(0, order) if inverse is None else _Gather.apply(x, order, inverse)
         return x.split(routing.counts)
 
     chunks = pieces(items)
@@ -104,12 +116,12 @@ def run_experts(
                 f'the experts gave {y.shape[0]} rows for {pairs} items: an expert must keep '
                 f'dimension 0'
             )
-        if routing.weights is not None:
-            y = y * routing.weights.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
+        if weights is not None:
+            y = y * weights.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
         if routing.in_order:
             return y
         if inverse is not None:
-            return _Permute.apply(y, inverse, order)
+            return _Combine.apply(y, order, inverse, routing.num_items)
         out = y.new_zeros((routing.num_items, *y.shape[1:]))
         return out.index_add_(0, order, y)
 

@@ -9,7 +9,7 @@ expert choice, capacity limits, ReLU routing and the static plan all are the sam
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,8 +33,10 @@ class Routing:
             whole batch goes to :attr:`expert`.
         weights: (n,) combine weight of each pair; None when every weight is exactly 1.
         expert: The one expert that takes the whole batch with weight 1, or None.
-        permutation: Every item has exactly one pair (n = T).
-        in_order: As ``permutation``, and the items are already in the order of their experts.
+        inverse: (T·k,) where every item has exactly k pairs: the place in the grouped order of the
+            j-th pair of item t, at t·k + j. Results then come back by a gather; a scatter-add is
+            slow on the CPU and not deterministic on the GPU.
+        in_order: Every item has one pair, and the items are already in the order of their experts.
         logits: (T, E) what the router scored, without noise; balance losses read it.
         noisy_logits: (T, E) what the selection was made from, where there was noise.
         noise_std: Standard deviation of that noise, (T, E) or broadcastable to it.
@@ -50,7 +52,7 @@ class Routing:
     items: Tensor | None = None
     weights: Tensor | None = None
     expert: int | None = None
-    permutation: bool = False
+    inverse: Tensor | None = None
     in_order: bool = False
     logits: Tensor | None = None
     noisy_logits: Tensor | None = None
@@ -59,6 +61,7 @@ class Routing:
     k: int | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
+    _moved: Routing | None = field(default=None, repr=False)
 
     @classmethod
     def single(
@@ -80,7 +83,6 @@ class Routing:
             num_experts=num_experts,
             counts=counts,
             expert=expert,
-            permutation=True,
             in_order=True,
             losses=losses or {},
             stats=stats or {},
@@ -95,7 +97,7 @@ class Routing:
         num_items: int,
         num_experts: int,
         *,
-        permutation: bool = False,
+        uniform: int | None = None,
         logits: Tensor | None = None,
         noisy_logits: Tensor | None = None,
         noise_std: Tensor | float | None = None,
@@ -112,7 +114,7 @@ class Routing:
             weights: (n,) combine weights, or None for all ones.
             num_items: T.
             num_experts: E.
-            permutation: Promise that every item has exactly one pair and none is dropped.
+            uniform: Promise that the pairs are k for item 0, k for item 1 and so on, none dropped.
             logits, noisy_logits, noise_std, probabilities, k, losses, stats: See the class.
 
         Raises:
@@ -134,23 +136,28 @@ class Routing:
         dropped, counts = counts[0], counts[1:]
         if dropped:
             order = order[dropped:]
+        inverse, in_order = None, False
+        if uniform is not None:
+            if dropped or pairs != uniform * num_items:
+                raise ValueError(f'{pairs} pairs ({dropped} dropped) are not {uniform} per item')
+            inverse = torch.empty_like(order)
+            inverse[order] = torch.arange(pairs, device=order.device)
+            if uniform == 1 and order.device.type == 'cpu':
+                in_order = bool((order[1:] > order[:-1]).all())
         items = items.index_select(0, order)
-        in_order = False
-        if permutation and items.device.type == 'cpu':
-            in_order = bool((items[1:] > items[:-1]).all())
         return cls(
             num_items=num_items,
             num_experts=num_experts,
             counts=counts,
             items=items,
             weights=None if weights is None else weights.index_select(0, order),
-            permutation=permutation,
+            inverse=inverse,
             in_order=in_order,
             logits=logits,
             noisy_logits=noisy_logits,
             noise_std=noise_std,
             probabilities=probabilities,
-            k=k,
+            k=uniform if k is None else k,
             losses=losses or {},
             stats=stats or {},
         )
@@ -194,7 +201,7 @@ class Routing:
             None if weights is None else weights.reshape(-1),
             num_items,
             num_experts,
-            permutation=k == 1 and not dropping,
+            uniform=None if dropping else k,
             logits=logits,
             noisy_logits=noisy_logits,
             noise_std=noise_std,
@@ -224,9 +231,12 @@ class Routing:
         chosen = weights.detach() != 0
         on_host = weights.device.type == 'cpu'
         unit = on_host and not weights.requires_grad and bool((weights[chosen] == 1).all())
-        per_item = chosen.sum(1) if on_host else None
-        permutation = per_item is not None and bool((per_item == 1).all())
-        if unit and permutation and num_items and bool(chosen[:, chosen[0]].all()):
+        uniform = None
+        if on_host and num_items:
+            per_item = chosen.sum(1)
+            if bool((per_item == per_item[0]).all()):
+                uniform = int(per_item[0]) or None
+        if unit and uniform == 1 and bool(chosen[:, chosen[0]].all()):
             expert = int(chosen[0].nonzero())
             routing = cls.single(expert, num_items, num_experts, losses=losses, stats=stats)
             routing.logits, routing.probabilities = logits, probabilities
@@ -238,20 +248,26 @@ class Routing:
             None if unit else weights[items, experts],
             num_items,
             num_experts,
-            permutation=permutation,
+            uniform=uniform,
             logits=logits,
             probabilities=probabilities,
             losses=losses,
             stats=stats,
         )
 
-    def to(self, device: torch.device) -> Routing:
-        """Move the pairs (not the logits) to ``device``, in place; a no-op where they are there."""
-        if self.items is not None and self.items.device != device:
-            self.items = self.items.to(device, non_blocking=True)
-            if self.weights is not None:
-                self.weights = self.weights.to(device, non_blocking=True)
-        return self
+    def on(self, device: torch.device) -> Routing:
+        """This routing with its pairs on ``device``; one made on the host (the plan's) is moved
+        once for all layers that share it."""
+        if self.items is None or self.items.device == device:
+            return self
+        if self._moved is None or self._moved.items.device != device:  # type: ignore[union-attr]
+            self._moved = replace(
+                self,
+                items=self.items.to(device),
+                weights=None if self.weights is None else self.weights.to(device),
+                inverse=None if self.inverse is None else self.inverse.to(device),
+            )
+        return self._moved
 
     def importance(self) -> Tensor:
         """(E,) sum of the combine weights per expert, differentiable where the weights are."""
@@ -301,8 +317,10 @@ class RoutingContext:
         Raises:
             ValueError: If the items on dimension 0 are not the batch's images.
         """
-        images = self.num_items // max(self.items_per_image, 1)
         expected = self.state.num_images
+        if not self.items_per_image:  # no token in any image
+            return expected or 0
+        images = self.num_items // self.items_per_image
         if expected is not None and images != expected:
             raise ValueError(
                 f'MoE layer {self.layer!r} got {images} items on dimension 0, the batch has '
@@ -317,4 +335,4 @@ class RoutingContext:
         images = self.num_images
         if self.items_per_image == 1:
             return None
-        return torch.arange(images).repeat_interleave(self.items_per_image)
+        return torch.arange(images, device=self.device).repeat_interleave(self.items_per_image)

@@ -144,7 +144,7 @@ class RoutingState:
             key = f'{layer_name}/{name}'.replace('loss', 'los')
             value = value.detach()
             known = self._stats.get(key)
-            self._stats[key] = value if known is None else known + value
+            self._stats[key] = value if known is None else known + value.to(known.device)
 
     def attach(self, output: Any, losses: dict[str, Tensor]) -> Any:
         """In a recomputation, tie the recomputed ``losses`` to the layer's ``output``."""

@@ -402,3 +402,29 @@ def test_layers_can_be_pickled_and_copied_together():
         state.begin(['b', 'b'])
         x = torch.randn(2, 3, 4)
         torch.testing.assert_close(other[0](x), model[0](x))
+
+
+def test_images_without_a_token_keep_the_shape():
+    for router in (plan_router(), topk_router(k=2, in_channels=4)):
+        layer, state = moe_of(nn.Linear(4, 6), num_experts=3, router=router, granularity='token')
+        state.begin(['a', 'b'])
+        assert layer(torch.zeros(2, 0, 4)).shape == (2, 0, 6)
+
+
+@pytest.mark.parametrize('k', [1, 2, 3])
+@pytest.mark.parametrize('dropping', [False, True])
+def test_gradients_of_dispatch_are_right_to_second_order(k, dropping):
+    torch.manual_seed(k)
+    experts = [nn.Sequential(nn.Linear(3, 2), nn.Tanh()).double() for _ in range(3)]
+    indices = torch.stack([torch.randperm(3)[:k] for _ in range(4)])
+    if dropping:
+        indices[1, 0] = -1
+
+    def function(x, weights):
+        routing = Routing.from_topk(weights, indices, 3, dropping=dropping)
+        return run_experts(experts, x, routing)
+
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(4, k, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (x, weights))
+    assert torch.autograd.gradgradcheck(function, (x, weights))

@@ -20,13 +20,19 @@ def test_topk_groups_the_pairs_by_expert():
     assert routing.counts == [2, 2, 2, 0]
     assert routing.items.tolist() == [0, 1, 1, 2, 0, 2]
     assert routing.weights.tolist() == [0.25, 0.5, 0.5, 0.125, 0.75, 0.875]
-    assert not routing.permutation and routing.k == 2
+    # Where the pairs (0, 2) (0, 0) (1, 0) (1, 1) (2, 2) (2, 1) went
+    assert routing.inverse.tolist() == [4, 0, 1, 2, 5, 3] and routing.k == 2
 
 
-def test_top1_is_a_permutation_and_knows_when_the_items_are_in_order():
-    assert Routing.from_topk(None, torch.tensor([[1], [0], [1]]), 2).permutation
+def test_top1_knows_when_the_items_are_in_the_order_of_their_experts():
     assert not Routing.from_topk(None, torch.tensor([[1], [0], [1]]), 2).in_order
     assert Routing.from_topk(None, torch.tensor([[0], [1], [1]]), 2).in_order
+    assert not Routing.from_topk(None, torch.tensor([[0, 1], [0, 1]]), 2).in_order
+
+
+def test_dense_sees_that_each_item_has_as_many_experts():
+    assert Routing.from_dense(torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.1, 0.9]])).k == 2
+    assert Routing.from_dense(torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 0.9]])).inverse is None
 
 
 def test_dropped_pairs_are_left_out():
@@ -34,7 +40,7 @@ def test_dropped_pairs_are_left_out():
     weights = torch.tensor([[0.5, 9.0], [9.0, 9.0], [0.25, 0.75]])
     routing = Routing.from_topk(weights, indices, 2, dropping=True)
     assert pairs_of(routing) == {(0, 0): 0.5, (2, 1): 0.25, (2, 0): 0.75}
-    assert not routing.permutation
+    assert routing.inverse is None
 
 
 def test_dense_takes_any_number_of_experts_per_item():
@@ -85,6 +91,12 @@ def test_empty_batch():
         (
             lambda: Routing.from_pairs(torch.arange(2), torch.arange(3), None, 2, 3),
             '2 items, 3 experts',
+        ),
+        (
+            lambda: Routing.from_pairs(
+                torch.arange(2), torch.tensor([0, -1]), None, 2, 3, uniform=1
+            ),
+            r'2 pairs \(1 dropped\) are not 1 per item',
         ),
     ],
 )

@@ -171,9 +171,8 @@ class PlanRouter(Router):
 
     def _route(self, context: RoutingContext) -> Routing:
         weights = self.image_weights(context)
-        image_of_item = context.image_of_item
-        if image_of_item is not None:
-            weights = weights[image_of_item]
+        if context.items_per_image != 1:
+            weights = weights.repeat_interleave(context.items_per_image, dim=0)
         return Routing.from_dense(weights)
 
     def extra_repr(self) -> str:
