@@ -1,7 +1,7 @@
 """The command behind ``tools/plan_experts.py --problem``: a problem file in, a plan file out.
 
-Exit codes: 0 and one line with value, bound, gap and loads; 2 and one line where the input is bad or
-no map exists; 3 and one line where none was found within the limit and none proven impossible.
+Exit codes: 0 and one line with value, bound, gap and loads; 2 and one line where the input is bad
+or no map exists; 3 and one line where none was found within the limit and none proven impossible.
 Nothing is written at ``--out`` unless the exit code is 0.
 """
 

@@ -23,8 +23,6 @@ from mmdet_moe.planning.solver import Clock
 
 #: The safety net of :func:`plan_experts`, in seconds; the limits that matter are in nodes.
 TIME_LIMIT = 120.0
-#: Branch-and-bound nodes of each integer programme.
-NODES = 5_000
 ROUNDINGS = ('hierarchical', 'printed')
 
 
@@ -149,7 +147,6 @@ def _plan(
             exact=exact,
             clock=clock,
             seed=seed,
-            nodes=NODES,
             near=near,
             progress=say,
         )

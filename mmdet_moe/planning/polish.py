@@ -26,10 +26,14 @@ from mmdet_moe.planning.solver import Clock
 
 #: Up to this many columns the programme is solved whole, at once.
 WHOLE_COLUMNS = 2_500
-#: Free columns of the first core.
+#: Free columns of the first core, and of the first core of a very large problem, where the search
+#: gains least over the rounded map and the relaxation has taken most of the time.
 CORE_COLUMNS = 1_200
+SMALL_CORE_COLUMNS = 600
 #: An exact core larger than this is not tried unless optimality must be proven.
-EXACT_COLUMNS = 6_000
+EXACT_COLUMNS = 4_800
+#: Problems of more columns than this get one core and no more.
+LARGE_COLUMNS = 40_000
 #: Bound and worth this close, in scaled worth, are equal: the map is optimal.
 TOLERANCE = 1e-9
 #: What HiGHS's feasibility tolerance can put between its optimum and the exact worth of its map.
@@ -49,6 +53,16 @@ class Answer:
     status: str
     chosen: np.ndarray | None
     bound: float
+
+
+def node_limit(columns: int, whole: bool) -> int:
+    """Branch-and-bound nodes allowed to a programme: fewer where each costs more.
+
+    These limits, not the clock, end a search, so that the same input gives the same bytes.
+    """
+    if whole and columns <= 1_000:
+        return 20_000
+    return max(20, (3_000_000 if whole else 200_000) // max(columns, 1))
 
 
 def losses(reduced: np.ndarray, copies: np.ndarray) -> np.ndarray:
@@ -99,12 +113,17 @@ def core_at(
     Returns:
         Boolean array (m, n). A row with exactly ``copies`` open columns is decided.
     """
+    reduced = _nudged(reduced, chosen)
     loss = losses(reduced, instance.copies)
-    inside = best_columns(reduced, instance.copies)
-    open_columns = inside | (loss <= threshold)
+    open_columns = best_columns(reduced, instance.copies) | (loss <= threshold)
     if chosen is not None:
         open_columns |= chosen
     return open_columns & instance.allowed
+
+
+def _nudged(reduced: np.ndarray, chosen: np.ndarray | None) -> np.ndarray:
+    """Reduced worths with ties broken towards a map, so that tied rows count as decided."""
+    return reduced if chosen is None else reduced + 1e-12 * chosen
 
 
 def free_columns(instance: Instance, open_columns: np.ndarray) -> int:
@@ -125,8 +144,9 @@ def core_of_size(
     Returns:
         Open columns (m, n) and the threshold.
     """
-    loss = losses(reduced, instance.copies)
-    outside = ~best_columns(reduced, instance.copies) & instance.allowed
+    nudged = _nudged(reduced, chosen)
+    loss = losses(nudged, instance.copies)
+    outside = ~best_columns(nudged, instance.copies) & instance.allowed
     finite = np.sort(loss[outside & np.isfinite(loss)])
     low, high = -1.0, math.inf
     best = core_at(instance, reduced, -1.0, chosen)
@@ -322,7 +342,6 @@ def polish(
     exact: bool,
     clock: Clock,
     seed: int,
-    nodes: int,
     near: np.ndarray | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Polished:
@@ -335,12 +354,10 @@ def polish(
         exact: Lift the limits on nodes and columns: go on until proven or the clock strikes.
         clock: The safety net.
         seed: HiGHS's random seed.
-        nodes: Node limit of each programme.
         near: Where ``chosen`` is None, the map that repair left, to open rows around.
         progress: Called with a line about each step.
     """
     bound = relaxation.bound
-    limit = None if exact else nodes
     say = progress or (lambda text: None)
 
     def value() -> float:
@@ -358,8 +375,9 @@ def polish(
     whole = int(instance.allowed.sum())
     if not proven() and whole <= WHOLE_COLUMNS:
         say(f'integer programme over all {whole} columns')
+        nodes = None if exact else node_limit(whole, True)
         answer = solve_core(
-            instance, instance.allowed, start=chosen, nodes=limit, clock=clock, seed=seed
+            instance, instance.allowed, start=chosen, nodes=nodes, clock=clock, seed=seed
         )
         if answer.status == 'infeasible' and chosen is None:
             return Polished(None, bound, True, 'optimal')
@@ -367,90 +385,97 @@ def polish(
             answer = Answer('failed', None, bound)
         take(answer, math.inf)
     elif not proven():
-        chosen, bound, none_exists = _polish_large(
-            instance, relaxation, chosen, near, exact, limit, clock, seed, say
-        )
-        if none_exists:
-            return Polished(None, bound, True, 'optimal')
+        search = _Search(instance, relaxation, chosen, exact, clock, seed, say)
+        if search.run(near):
+            return Polished(None, search.bound, True, 'optimal')
+        chosen, bound = search.chosen, search.bound
     stopped = 'optimal' if chosen is not None and proven() else 'time' if clock.struck else 'nodes'
     return Polished(chosen, bound, False, stopped)
 
 
-def _polish_large(
-    instance: Instance,
-    relaxation: Relaxation,
-    chosen: np.ndarray | None,
-    near: np.ndarray | None,
-    exact: bool,
-    limit: int | None,
-    clock: Clock,
-    seed: int,
-    say: Callable[[str], None],
-) -> tuple[np.ndarray | None, float, bool]:
-    reduced, bound = relaxation.reduced, relaxation.bound
+class _Search:
+    """The polish of a problem too large to be solved whole: a first core, then wider ones."""
 
-    def run(open_columns: np.ndarray, threshold: float, what: str, unlimited: bool) -> Answer:
-        nonlocal chosen, bound
-        say(f'integer programme over {what}: {free_columns(instance, open_columns)} columns')
+    def __init__(
+        self,
+        instance: Instance,
+        relaxation: Relaxation,
+        chosen: np.ndarray | None,
+        exact: bool,
+        clock: Clock,
+        seed: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.instance = instance
+        self.relaxation = relaxation
+        self.reduced = relaxation.reduced
+        self.chosen = chosen
+        self.bound = relaxation.bound
+        self.exact = exact
+        self.clock = clock
+        self.seed = seed
+        self.say = say
+
+    def value(self) -> float:
+        """Worth of the best map known."""
+        return -math.inf if self.chosen is None else self.instance.value(self.chosen)
+
+    def solve(self, open_columns: np.ndarray, threshold: float, what: str) -> Answer:
+        """One programme; keeps a better map and, over a complete core, a better bound."""
+        columns = free_columns(self.instance, open_columns)
+        self.say(f'integer programme over {what}: {columns} columns')
+        complete = threshold >= self.relaxation.bound - self.value()
         answer = solve_core(
-            instance,
+            self.instance,
             open_columns,
-            start=chosen,
-            nodes=None if unlimited else limit,
-            clock=clock,
-            seed=seed,
+            start=self.chosen,
+            nodes=None if self.exact and complete else node_limit(columns, False),
+            clock=self.clock,
+            seed=self.seed,
         )
-        if answer.chosen is not None and (
-            chosen is None or instance.value(answer.chosen) > instance.value(chosen)
-        ):
-            chosen = answer.chosen
-        worth = -math.inf if chosen is None else instance.value(chosen)
-        if threshold >= 0 and answer.status in ('optimal', 'nodes', 'time', 'infeasible'):
-            bound = min(bound, max(answer.bound, relaxation.bound - threshold, worth))
+        if answer.chosen is not None and self.instance.value(answer.chosen) > self.value():
+            self.chosen = answer.chosen
+        if threshold >= 0 and answer.status != 'failed':
+            outside = self.relaxation.bound - threshold
+            self.bound = min(self.bound, max(answer.bound, outside, self.value()))
         return answer
 
-    # 1. a core of bounded size
-    first, threshold = core_of_size(instance, reduced, CORE_COLUMNS, chosen)
-    answer = run(first, threshold, 'a core', False)
-    if chosen is None and near is not None and clock.left() > 0:
-        # 2. no map yet: reopen every row of the experts that repair left over their limits
-        loads = exact_loads(near, instance.demand)
-        bad = (loads > instance.room) | (loads < instance.floor)
-        reopened = first | near
-        reopened[near[:, bad].any(axis=1)] = True
-        answer = run(reopened & instance.allowed, -1.0, 'the overloaded experts', False)
-    if chosen is None and clock.left() > 0:
-        # 3. still none: everything
-        answer = run(instance.allowed, math.inf, 'all columns', exact)
-        if answer.status == 'infeasible':
-            return None, bound, True
-    # 4. as the gap shrinks, the core that holds every better map
-    while chosen is not None and clock.left() > 0:
-        gap = bound - instance.value(chosen)
-        if gap <= TOLERANCE:
-            break
-        needed = relaxation.bound - instance.value(chosen)
-        if threshold >= needed:
-            if answer.status == 'optimal':
+    def run(self, near: np.ndarray | None) -> bool:
+        """Searches within the limits; True if it is proven that no map exists.
+
+        Args:
+            near: Where no map is known, the one that repair left.
+        """
+        instance, clock = self.instance, self.clock
+        columns = int(instance.allowed.sum())
+        large = columns > LARGE_COLUMNS
+        size = SMALL_CORE_COLUMNS if large else CORE_COLUMNS
+        core, threshold = core_of_size(instance, self.reduced, size, self.chosen)
+        answer = self.solve(core, threshold, 'a core')
+        if self.chosen is None and near is not None and clock.left() > 0:
+            # no map yet: reopen every row of the experts that repair left over their limits
+            loads = exact_loads(near, instance.demand)
+            bad = (loads > instance.room) | (loads < instance.floor)
+            reopened = core | near
+            reopened[near[:, bad].any(axis=1)] = True
+            self.solve(reopened & instance.allowed, -1.0, 'the experts over their limits')
+        if self.chosen is None and clock.left() > 0:
+            answer, threshold = self.solve(instance.allowed, math.inf, 'all columns'), math.inf
+            if answer.status == 'infeasible':
+                return True
+        if large and not self.exact:
+            return False
+        while self.chosen is not None and clock.left() > 0:
+            needed = self.relaxation.bound - self.value()
+            if self.bound - self.value() <= TOLERANCE or threshold >= needed:
+                break  # proven, or every better map has been searched within the limits
+            core, threshold = core_at(instance, self.reduced, needed, self.chosen), needed
+            if not self.exact and free_columns(instance, core) > EXACT_COLUMNS:
+                # too large to prove anything; a wider core may still find a better map
+                if answer.status != 'optimal':
+                    break
+                core, threshold = core_of_size(instance, self.reduced, EXACT_COLUMNS, self.chosen)
+                self.solve(core, threshold, 'a wider core')
                 break
-            if not exact:
-                break
-        core = core_at(instance, reduced, needed, chosen)
-        size = free_columns(instance, core)
-        if size > EXACT_COLUMNS and not exact:
-            # too large to prove: a larger core may still find better
-            if threshold < 0 or answer.status != 'optimal':
-                break
-            size = min(4 * free_columns(instance, first), EXACT_COLUMNS)
-            core, wider = core_of_size(instance, reduced, size, chosen)
-            if wider <= threshold:
-                break
-            first, threshold = core, wider
-            answer = run(core, threshold, 'a wider core', False)
-            continue
-        before = instance.value(chosen)
-        threshold = needed
-        answer = run(core, needed, 'all columns that could pay', exact)
-        if instance.value(chosen) <= before:
-            break
-    return chosen, bound, False
+            answer = self.solve(core, threshold, 'all columns that could pay')
+        return False
