@@ -26,8 +26,8 @@ demo: setup  ## make domains, plan, train, test per domain, table and pictures (
 	@$(RUN) tools/demo.py --seed $(SEED)
 
 test: setup  ## the test suite
-	@echo "running the tests (about 10 minutes on 2 cores; the first line of results takes a while)"
-	@$(RUN) -m pytest
+	@echo "running the tests (about 10 minutes on 2 cores)"
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest
 
 lint: setup  ## ruff check, ruff format --check, mypy
 	$(RUN) -m ruff check .
