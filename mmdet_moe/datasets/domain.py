@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mmdet.datasets import XMLDataset
 from mmengine.dataset import BaseDataset, Compose
-from mmengine.fileio import get_text, load
+from mmengine.fileio import load
 
 from mmdet_moe.registry import DATASETS
 from mmdet_moe.structures import LabelSpace, LabelSpaceError
@@ -101,12 +101,21 @@ class DomainDataset(BaseDataset):
         if self._fully_initialized:
             return
         self._watch_categories()
+        asked = self._watch_names()
         try:
             self.dataset.full_init()
         except FileNotFoundError as error:
             raise FileNotFoundError(f'domain {self.domain!r}: {error}') from error
         finally:
             self.dataset.__dict__.pop('COCOAPI', None)
+            if asked is not None:
+                self.dataset._metainfo['classes'] = tuple(asked)
+        if asked is not None and asked.missed and not self._classes_stated:
+            # A class without a box may just be rare, unless its name looks like a dropped one.
+            unseen = [name for name in self._local_classes if name not in asked.found]
+            misspelt = [name for name in unseen if difflib.get_close_matches(name, asked.missed)]
+            self._refuse_missing(misspelt, asked.found | asked.missed)
+            self._refuse_unlisted(asked.missed)
         names = self._names_by_label()
         self._check_names(names)
         unified = dict(
@@ -114,7 +123,6 @@ class DomainDataset(BaseDataset):
         )
         self._unified = {label: unified[name] for label, name in names.items()}
         self._fully_initialized = True
-        self._check_unseen_classes()
 
     def _watch_categories(self) -> None:
         """Have the COCO reader of the dataset leave its categories with us.
@@ -134,6 +142,14 @@ class DomainDataset(BaseDataset):
             return coco
 
         self.dataset.COCOAPI = watched
+
+    def _watch_names(self) -> _AskedClasses | None:
+        """Have ``XMLDataset`` leave the names with us that it does not know and drops."""
+        if not isinstance(self.dataset, XMLDataset) or self.dataset._fully_initialized:
+            return None
+        asked = _AskedClasses(self.dataset._metainfo['classes'])
+        self.dataset._metainfo['classes'] = asked
+        return asked
 
     def _names_by_label(self) -> dict[int, str]:
         """The class name that each label of the wrapped dataset stands for."""
@@ -177,36 +193,6 @@ class DomainDataset(BaseDataset):
             }
         self._refuse_unlisted(unlisted)
 
-    def _check_unseen_classes(self) -> None:
-        """Look for a misspelt class where the annotation format has no list of classes.
-
-        ``XMLDataset`` drops an object of a name it does not know without a word. Only when some
-        class has no box at all are the files looked through, so that a clean start costs nothing.
-        """
-        if self._classes_stated or getattr(self.dataset, '_indices', None) is not None:
-            return
-        infos = (self.dataset.get_data_info(index) for index in range(len(self.dataset)))
-        if len(self.dataset) == 0 or 'xml_path' not in self.dataset.get_data_info(0):
-            return
-        seen: set[str] = set()
-        names = self._names_by_label()
-        paths = []
-        for info in infos:
-            paths.append(info['xml_path'])
-            seen |= {names[instance['bbox_label']] for instance in info['instances']}
-        unseen = [name for name in self._local_classes if name not in seen]
-        if not unseen:
-            return
-        written = set()
-        for path in paths:
-            root = ET.fromstring(
-                get_text(path, backend_args=getattr(self.dataset, 'backend_args', None))
-            )
-            written |= {node.findtext('name') for node in root.findall('object')}
-        if written - set(self._local_classes):
-            self._refuse_missing([name for name in unseen if name not in written], written)
-            self._refuse_unlisted(written - set(self._local_classes))
-
     def _refuse_missing(self, missing: Sequence[str], known: set[str]) -> None:
         if not missing:
             return
@@ -249,6 +235,19 @@ class DomainDataset(BaseDataset):
         raise NotImplementedError('give the wrapped dataset `indices` instead')
 
     get_subset_ = get_subset
+
+
+class _AskedClasses(tuple):
+    """Class names that note which names were looked for among them."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.found: set[str] = set()
+        self.missed: set[str] = set()
+
+    def __contains__(self, name: object) -> bool:
+        known = super().__contains__(name)
+        (self.found if known else self.missed).add(name)
+        return known
 
 
 def _plain(value: Any) -> Any:

@@ -270,6 +270,12 @@ def test_a_class_misspelt_in_xml_is_refused_rather_than_dropped(tmp_path):
     space = {'domains': {'xml': ['kat', 'dog']}}
     with pytest.raises(LabelSpaceError, match="class 'kat' .* did you mean 'cat'"):
         MultiDomainDataset(space, {'xml': config})
+    space = {'domains': {'xml': ['dog']}}
+    with pytest.raises(LabelSpaceError, match=r"boxes of \['cat'\], which the label space does"):
+        MultiDomainDataset(space, {'xml': config})
+    knowingly = {**config, 'metainfo': {'classes': ['dog']}}
+    dataset = MultiDomainDataset(space, {'xml': knowingly})
+    assert [dataset.get_cat_ids(index) for index in (0, 1)] == [[0], [0]]
 
 
 def test_a_dataset_with_classes_of_its_own_goes_by_them(tmp_path):
