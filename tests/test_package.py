@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -214,3 +215,14 @@ def test_pinned_packages_satisfy_the_loose_ranges() -> None:
         versions = pins[canonicalize_name(requirement.name)]
         for version in versions:
             assert requirement.specifier.contains(version), f'{requirement} against {version}'
+
+
+@pytest.mark.parametrize(
+    'page', ['README.md', *sorted(f'docs/{p.name}' for p in (ROOT / 'docs').glob('*.md'))]
+)
+def test_links_between_pages_and_to_code_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    links = re.findall(r'\]\(([^)#\s]+)[^)]*\)', path.read_text())
+    for link in links:
+        if '://' not in link:
+            assert (path.parent / link).exists(), f'{page} links to {link}'
