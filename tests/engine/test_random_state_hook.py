@@ -5,6 +5,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import mmdet
 import mmdet.evaluation
@@ -15,10 +16,14 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
 
-from mmdet_moe.engine.hooks.random_state_hook import get_random_state, set_random_state
+from mmdet_moe.engine.hooks.random_state_hook import (
+    RandomStateHook,
+    get_random_state,
+    set_random_state,
+)
 from mmdet_moe.registry import DATA_SAMPLERS, HOOKS, LOOPS, TRANSFORMS
 
 ITERS, KILL_AT, SAVE_EVERY, VAL_EVERY = 16, 12, 5, 4
@@ -306,3 +311,61 @@ def test_loading_weights_is_not_resuming(tiny_dataset, mmdet_moe_scope, tmp_path
     assert [line.split(' (')[1] for line in again.values()] == [
         first[iteration].split(' (')[1] for iteration in (1, 2)
     ]
+
+
+def fake_runner(iteration=4, **loop):
+    """As much of a Runner as the hook asks for."""
+    loader = SimpleNamespace(batch_sampler=SimpleNamespace(sampler=SimpleNamespace(seed=5)))
+    return SimpleNamespace(
+        hooks=[CheckpointHook(interval=5, by_epoch=False)],
+        iter=iteration,
+        max_iters=100,
+        train_dataloader=loader,
+        train_loop=SimpleNamespace(iter=iteration, dataloader=loader, **loop),
+    )
+
+
+def save_and_restore(rank, folder, queue):
+    """One of two processes: save a state, go on, resume."""
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
+    )
+    torch.manual_seed(rank)
+    hook, runner, checkpoint = RandomStateHook(), fake_runner(), {}
+    hook.after_train_iter(runner, 4)
+    if rank == 0:  # mmengine saves on the main process only
+        hook.before_save_checkpoint(runner, checkpoint)
+        torch.save(checkpoint, folder / 'iter_5.pth')
+    expected = torch.rand(2).tolist()
+    torch.distributed.barrier()
+    torch.manual_seed(9)
+    hook.after_load_checkpoint(runner, torch.load(folder / 'iter_5.pth', weights_only=True))
+    hook.before_train(runner)
+    hook.before_train_epoch(runner)
+    queue.put((rank, expected, torch.rand(2).tolist()))
+
+
+def test_every_rank_gets_its_own_states_back(tmp_path):
+    context = multiprocessing.get_context('fork')
+    queue = context.Queue()
+    workers = [
+        context.Process(target=save_and_restore, args=(rank, tmp_path, queue)) for rank in (0, 1)
+    ]
+    for worker in workers:
+        worker.start()
+    (_, first, again), (_, other, other_again) = sorted(queue.get(timeout=60) for _ in workers)
+    for worker in workers:
+        worker.join()
+    assert first == again and other == other_again and first != other
+
+
+def test_another_number_of_processes_starts_new_random_numbers():
+    hook, runner, checkpoint = RandomStateHook(), fake_runner(), {}
+    hook.before_save_checkpoint(runner, checkpoint)
+    checkpoint['random_state']['ranks'] *= 2
+    state = torch.get_rng_state()
+    hook.after_load_checkpoint(runner, checkpoint)
+    hook.before_train(runner)
+    hook.before_train_epoch(runner)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert runner.train_dataloader.batch_sampler.sampler.seed == 5
