@@ -76,7 +76,7 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def use_tta(cfg: Config) -> None:
-    """Test with the config's ``tta_model`` and ``tta_pipeline``, or, where it has none, with flips."""
+    """Test with the tta_model and tta_pipeline of the config, or, where it has none, with flips."""
     if 'tta_model' not in cfg:
         cfg.tta_model = dict(
             type='DetTTAModel',
