@@ -47,6 +47,7 @@ from mmdet_moe.planning.affinity import (
     match_experts,
     prototype_affinity,
 )
+from mmdet_moe.planning.table import plan_table, summary_line
 from mmdet_moe.registry import DATASETS, MODELS
 from mmdet_moe.visualization import draw_plan
 
@@ -515,20 +516,21 @@ def run(
         options = PlannerOptions.from_config(cfg, **given)
         out = plan_path(cfg) if out is None else out
         planned = plan_from_config(cfg, options, verbose=not quiet)
-        if not quiet:
-            print(plan_table(planned) + '\n')
         planned.plan.save(out)
         if picture is None:
             picture = str(Path(out).with_suffix('.png'))
         if picture:
             draw_plan(planned.plan, picture, unit=None if planned.unit == 'unit' else planned.unit)
     except NoPlanFoundError as error:
-        print(f'no plan found: {_line(error)}', file=sys.stderr)
+        print(f'plan_experts.py: {_line(error)}', file=sys.stderr)
         return 3
     except (ValueError, KeyError, OSError, ImportError) as error:
-        print(f'error: {_line(error)}', file=sys.stderr)
+        print(f'plan_experts.py: {_line(error)}', file=sys.stderr)
         return 2
-    print(f'{out}: {plan_line(planned.plan)}')
+    if not quiet:
+        print(f'{data_table(planned)}\n\n{plan_table(planned.plan)}')
+    else:
+        print(summary_line(planned.plan))
     return 0
 
 
@@ -564,70 +566,14 @@ def _line(error: BaseException) -> str:
     return ' '.join((text or type(error).__name__).split())
 
 
-# ---------------------------------------------------------------------- what people read
-def plan_line(plan: ExpertPlan) -> str:
-    """Value, bound, gap and loads in one line."""
-    known = plan.certificate
-    proof = 'proven optimal' if known['optimal'] else 'not proven optimal'
-    loads = ' '.join(checks.number(load) for load in plan.loads())
-    moves = f', {len(known["moves"])} moves' if known['moves'] else ''
-    return (
-        f'value {known["value"]:.6g}, bound {known["upper_bound"]:.6g}, gap {known["gap"]:.4%} '
-        f'({proof}), loads {loads}{moves}'
-    )
-
-
-def plan_table(planned: PlannedDatasets) -> str:
-    """The plan as two tables of text: a row per dataset, a row per expert."""
-    plan = planned.plan
-    weights = plan.weights_matrix()
-    lines = [['dataset', 'images', 'boxes', 'embedded', 'demand', 'expert', 'affinity']]
-    for i, name in enumerate(plan.datasets):
-        chosen = np.flatnonzero(weights[i])
-        lines.append(
-            [
-                name,
-                str(planned.images[name]),
-                str(planned.instances[name]),
-                str(planned.embedded[name]),
-                checks.number(plan.demand[i, chosen[0]]),
-                ' '.join(plan.experts[j] for j in chosen),
-                ' '.join(f'{plan.affinity[i, j]:.3f}' for j in chosen),
-            ]
-        )
-    second = [['expert', 'load', 'capacity', 'price', 'datasets']]
-    loads = plan.loads()
-    for j, expert in enumerate(plan.experts):
-        served = [name for i, name in enumerate(plan.datasets) if weights[i, j] > 0]
-        second.append(
-            [
-                expert,
-                checks.number(loads[j]),
-                checks.number(plan.capacity[j]),
-                f'{plan.certificate["duals"][j]:.3g}',
-                ' '.join(served) or '-',
-            ]
-        )
-    return f'{_aligned(lines)}\n\n{_aligned(second)}'
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numeric = [all(_is_number(x) for x in column[1:]) for column in zip(*rows, strict=True)]
-    lines = [
-        '  '.join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-        for row in rows
+def data_table(planned: PlannedDatasets) -> str:
+    """What the plan was made from: images, boxes and embedded images of every dataset."""
+    rows = [
+        (name, planned.images[name], planned.instances[name], planned.embedded[name])
+        for name in planned.plan.datasets
     ]
-    lines.insert(1, '  '.join('-' * width for width in widths))
+    width = max(len('dataset'), *(len(row[0]) for row in rows))
+    lines = [f'{"dataset":{width}}  {"images":>8}  {"boxes":>8}  {"embedded":>8}']
+    lines.append('  '.join(['-' * width, *['-' * 8] * 3]))
+    lines += [f'{a:{width}}  {b:8}  {c:8}  {d:8}' for a, b, c, d in rows]
     return '\n'.join(lines)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

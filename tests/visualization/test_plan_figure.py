@@ -41,7 +41,7 @@ def test_numbers_in_cells_are_short(value, text):
     assert _short(value) == text
 
 
-@pytest.mark.parametrize(('m', 'n'), [(1, 1), (5, 4), (60, 20), (300, 64)])
+@pytest.mark.parametrize(('m', 'n'), [(1, 1), (5, 4), (170, 50)])
 def test_plans_of_every_size_are_drawn(tmp_path, m, n):
     path = tmp_path / 'deep' / 'plan.png'
     draw_plan(_plan(m, n), path, unit='images')
