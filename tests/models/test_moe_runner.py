@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import runpy
+from pathlib import Path
 
 import mmcv
 import numpy as np
@@ -188,11 +190,11 @@ def test_experts_start_from_models_of_single_datasets(config, tmp_path):
 
 
 def test_inference_api_takes_a_domain(config, tmp_path, tiny_domains, tiny_label_space):
-    from mmdet.apis import inference_detector, init_detector
+    from mmdet.apis import DetInferencer, inference_detector, init_detector
 
     cfg = config('run', iters=1)
     train(cfg)
-    path, weights = tmp_path / 'config.json', str(tmp_path / 'run/iter_1.pth')
+    path, weights = tmp_path / 'config.py', str(tmp_path / 'run/iter_1.pth')
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.pipeline = [
             dict(type='LoadImageFromFile'),
@@ -202,7 +204,7 @@ def test_inference_api_takes_a_domain(config, tmp_path, tiny_domains, tiny_label
     cfg.custom_imports = dict(
         imports=['mmdet_moe.models', 'mmdet_moe.datasets'], allow_failed_imports=False
     )
-    cfg.dump(path)
+    path.write_text('\n'.join(f'{key} = {value!r}' for key, value in cfg.to_dict().items()))
     image = str(tiny_domains / 'heat/val/1.png')
     space = LabelSpace.from_config(tiny_label_space)
 
@@ -216,7 +218,6 @@ def test_inference_api_takes_a_domain(config, tmp_path, tiny_domains, tiny_label
     model = init_detector(str(path), weights, device='cpu', cfg_options={'model.domain': 'heat'})
     assert tuple(model.dataset_meta['classes']) == space.classes
     only(inference_detector(model, image), 'heat')
-    only(inference_detector(model, np.asarray(mmcv.imread(image))), 'heat')
     model.domain = 'ink'
     only(inference_detector(model, image), 'ink')
     # or in the pipeline
@@ -235,5 +236,18 @@ def test_inference_api_takes_a_domain(config, tmp_path, tiny_domains, tiny_label
     only(out['predictions'][0], 'ink')
     assert (tmp_path / 'out/vis/1.png').is_file()
     assert inferencer.model.domain == 'heat'
+    # The tool is the same with a command line.
+    tool = runpy.run_path(str(Path(__file__).parents[2] / 'tools/image_demo.py'))
+    out_dir = tmp_path / 'demo'
+    arguments = [image, str(path), '--weights', weights, '--domain', 'ink', '--device', 'cpu']
+    assert tool['main']([*arguments, '--out-dir', str(out_dir)]) == 0
+    assert (out_dir / 'vis/1.png').is_file() and (out_dir / 'preds/1.json').is_file()
+    # mmdet's own class works too, in our scope.
+    plain = DetInferencer(str(path), weights, device='cpu', scope='mmdet_moe', show_progress=False)
+    plain.model.domain = 'blue'
+    only(plain(image)['predictions'][0], 'blue')
+    # Last, because mmdet then keeps loading arrays.
+    model.domain = 'heat'
+    only(inference_detector(model, np.asarray(mmcv.imread(image))), 'heat')
     with pytest.raises(ValueError, match="unknown domain 'moon'"):
         inferencer(image, domain='moon')
