@@ -91,7 +91,8 @@ class PlanningProblem:
         self.datasets = checks.names_of(self.datasets, 'datasets')
         self.experts = expert_names(self.experts)
         self.affinity = checks.matrix(self.affinity, self.datasets, self.experts, 'affinity')
-        spread = np.float64(self.affinity.max()) - np.float64(self.affinity.min())
+        with np.errstate(over='ignore'):
+            spread = self.affinity.max() - self.affinity.min()
         if not np.isfinite(spread):
             raise PlanError('affinity: the spread between its entries is too large for a float')
         self.demand = demand_matrix(
