@@ -170,16 +170,19 @@ def wheel_folder(torch_version: str, cuda: bool) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file, saying so if another process has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('w') as handle:
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Hold a lock on a folder (the folder itself, no file in it), saying so if another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say(f'another process is at {what}: waiting for it')
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)
 
 
 def make_venv(venv: Path, runner: Runner) -> None:
@@ -222,7 +225,7 @@ def build_mmcv(venv: Path, runner: Runner) -> Path:
     folder = wheel_folder(_pins(PINNED)['torch'], cuda)
     tag = sysconfig.get_platform().replace('-', '_').replace('.', '_')
     pattern = f'onedl_mmcv-{version}-*{tag}.whl'
-    with locked(folder / '.lock', 'the mmcv wheel'):
+    with locked(folder, 'the mmcv wheel'):
         found = sorted(folder.glob(pattern))
         if found:
             say(f'mmcv {version}: taken from {found[0]}')
@@ -351,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         say(f'environment {venv} (log: {venv / "setup.log"})')
         start = time.monotonic()
-        with locked(venv.parent / f'.{venv.name.lstrip(".")}.lock', str(venv)):
+        with locked(venv.parent, str(venv)):
             if not is_set_up(venv):
                 set_up(venv)
         say(f'ready in {_clock(time.monotonic() - start)}')
