@@ -18,12 +18,19 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a clone, uninstalled
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line and exit code 2, as for any other bad input."""
+        self.exit(2, f'{self.prog}: {message}\n')
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description='Plan which expert serves which of the datasets of a training config. Every '
         'option but the files can also stand in the config, planner = dict(num_experts=4, ...). '
         'With --problem problem.json in place of CONFIG: plan a problem file (see --problem x -h).',

@@ -527,10 +527,12 @@ def run(
     except (ValueError, KeyError, OSError, ImportError) as error:
         print(f'plan_experts.py: {_line(error)}', file=sys.stderr)
         return 2
+    text = summary_line(planned.plan)
     if not quiet:
-        print(f'{data_table(planned)}\n\n{plan_table(planned.plan)}')
-    else:
-        print(summary_line(planned.plan))
+        text = f'{data_table(planned)}\n\n{plan_table(planned.plan)}'
+    if options.exact and not planned.plan.certificate['optimal']:
+        text += '  (--exact: optimality could NOT be proven within the limit)'
+    print(text)
     return 0
 
 

@@ -346,6 +346,8 @@ class _Pool:
     def room(self, capacity: Any, n: int) -> Floats:
         """Shape (n,): what each prototype has room for; enough for all in all."""
         total = float(self.demand.sum())
+        if total <= 0:
+            raise PlanError('demand is 0 for every dataset: there is nothing to share out')
         if capacity is None:
             if (self.demand == self.demand[0]).all():
                 capacity = float(self.demand[0]) * -(-len(self.names) // n)
@@ -443,7 +445,7 @@ def _assign(cosine: Floats, mass: Floats, room: Floats) -> Floats:
     """
     if cosine.shape[1] == 1:
         return np.ones_like(cosine)
-    scale = 1 / mass.mean() if mass.any() else 1.0  # to mean 1, for the solver's tolerances
+    scale = 1 / mass.mean()  # to mean 1, for the solver's tolerances
     # What an image brings is mass * cosine. The hair of room keeps rounding from closing the door.
     solution = solve_transport_lp(
         (mass * scale)[:, None] * cosine, mass * scale, room * scale * (1 + 1e-7)

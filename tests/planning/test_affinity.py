@@ -222,6 +222,14 @@ def test_too_little_room_is_said_in_numbers():
         prototype_affinity(_four(), 2, demand=[13] * 4, capacity=20)
 
 
+def test_a_dataset_without_demand_gets_an_affinity_too():
+    found = prototype_affinity(_four(), 2, demand=[4, 3, 0, 1])
+    assert np.isfinite(found.matrix).all()
+    assert found.matrix[2].argmax() == found.matrix[0].argmax(), 'c looks like a'
+    with pytest.raises(PlanError, match='demand is 0 for every dataset'):
+        prototype_affinity(_four(), 2, demand=0)
+
+
 # ------------------------------------------------------------------ files
 def test_csv_is_read_by_name(tmp_path):
     path = tmp_path / 'w.csv'
