@@ -139,7 +139,7 @@ def _plan(
     if rounding == 'printed':
         result, method = _printed(instance, relaxation, clock)
     else:
-        chosen, near, method = _rounded(instance, relaxation, say)
+        chosen, near, method = _rounded(instance, relaxation, clock, say)
         result = polish(
             instance,
             relaxation,
@@ -169,7 +169,7 @@ def _plan(
 
 
 def _rounded(
-    instance: Instance, relaxation: Relaxation, say: Callable[[str], None]
+    instance: Instance, relaxation: Relaxation, clock: Clock, say: Callable[[str], None]
 ) -> tuple[np.ndarray | None, np.ndarray, str]:
     """A strict map from the relaxation, or None and the map that repair left; and the method."""
     chosen = hierarchical_rounding(relaxation.x, instance.worth, instance.demand, instance.copies)
@@ -177,13 +177,13 @@ def _rounded(
     if instance.is_strict(chosen):
         return chosen, chosen, method
     say('repair to strict capacity')
-    near, strict = repair(instance, chosen)
+    near, strict = repair(instance, chosen, clock=clock)
     if strict:
         return near, near, method + '+repair'
     say('construction, largest demand first')
     built = construct(instance, relaxation.reduced)
     if built is not None:
-        built, strict = repair(instance, built)
+        built, strict = repair(instance, built, clock=clock)
         if strict:
             return built, built, f'lp({relaxation.method})+construct'
     return None, near, method
@@ -200,7 +200,7 @@ def _printed(instance: Instance, relaxation: Relaxation, clock: Clock) -> tuple[
             points = np.where(chosen[i] | ~instance.allowed[i], -np.inf, relaxation.reduced[i])
             missing = int(instance.copies[i] - chosen[i].sum())
             chosen[i, np.argsort(-points, kind='stable')[:missing]] = True
-        chosen, strict = repair(instance, chosen)
+        chosen, strict = repair(instance, chosen, clock=clock)
         if not strict:
             return Polished(None, relaxation.bound, False, 'nodes'), method
     proven = relaxation.bound - instance.value(chosen) <= TOLERANCE

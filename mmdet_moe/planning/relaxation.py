@@ -219,10 +219,11 @@ def solve_priced(instance: Instance, clock: Clock | None = None) -> Relaxation:
         instance.capacity,
         instance.copies,
         instance.floor,
-        time_limit=math.inf if clock is None else clock.left(),
+        # what an unfinished relaxation leaves is for repair and polish
+        time_limit=math.inf if clock is None else clock.left() / 2,
     )
     if clock is not None and not answer.proven:
-        clock.left()  # notes that it struck
+        clock.struck = True
     x = sparse.coo_matrix(answer.x)
     price = np.asarray(answer.capacity_duals) - np.asarray(answer.floor_duals)
     none = np.zeros((0, instance.shape[1]))

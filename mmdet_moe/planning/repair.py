@@ -7,7 +7,6 @@
 that takes, step by step, the shift (row i from expert j to k) or the swap (i on j with p on k) that
 cuts V most per worth lost, and where none cuts it the least bad one, with a short tabu list.
 :func:`construct` builds a map from nothing, largest demand first, by reduced worth.
-:func:`improve` then raises the worth of a strict map by shifts and swaps.
 
 Everything is arrays over the rows of one expert times all experts; nothing loops over m x n.
 """
@@ -19,6 +18,7 @@ import numpy as np
 from mmdet_moe.planning.instance import Instance
 from mmdet_moe.planning.plan import LOAD_TOLERANCE, exact_loads
 from mmdet_moe.planning.relaxation import capacity_scale
+from mmdet_moe.planning.solver import Clock
 
 #: How many pairs a swap search looks at.
 SWAP_PAIRS = 400_000
@@ -123,13 +123,16 @@ class _State:
         return cut, lost
 
 
-def repair(instance: Instance, chosen: np.ndarray, steps: int = 400) -> tuple[np.ndarray, bool]:
+def repair(
+    instance: Instance, chosen: np.ndarray, steps: int = 400, clock: Clock | None = None
+) -> tuple[np.ndarray, bool]:
     """Moves rows until every limit is kept.
 
     Args:
         instance: The problem.
         chosen: (m, n) bool, complete (each row has its copies).
         steps: Steps allowed beyond those that cut the breach.
+        clock: The safety net.
 
     Returns:
         The map and whether it is strict, rechecked by exact sums.
@@ -148,7 +151,7 @@ def repair(instance: Instance, chosen: np.ndarray, steps: int = 400) -> tuple[np
                 break
         if total < best_breach * (1 - 1e-9):
             best, best_breach = state.chosen.copy(), total
-        elif spare == 0:
+        elif spare == 0 or (clock is not None and clock.left() <= 0):
             break
         else:
             spare -= 1
@@ -294,65 +297,3 @@ def construct(instance: Instance, reduced: np.ndarray) -> np.ndarray | None:
         chosen[i, picks] = True
         room[picks] -= instance.demand[i, picks]
     return chosen
-
-
-def improve(
-    instance: Instance, chosen: np.ndarray, reduced: np.ndarray, rounds: int = 20
-) -> np.ndarray:
-    """Shifts and swaps that raise the worth of a strict map, best first, until none is found.
-
-    Only rows that lose reduced worth where they are are moved out of their own wish.
-
-    Args:
-        instance: The problem.
-        chosen: (m, n) strict map.
-        reduced: (m, n) worth minus prices.
-        rounds: Passes over the rows.
-
-    Returns:
-        A strict map worth at least as much.
-    """
-    state = _State(instance, chosen)
-    for _ in range(rounds):
-        rows, sources = np.nonzero(state.chosen)
-        free = np.where(state.chosen[rows], -np.inf, reduced[rows])
-        regret = free.max(axis=1) - reduced[rows, sources]
-        order = np.lexsort((rows, -regret))
-        order = order[regret[order] > 1e-12][:2000]
-        moved = False
-        for k in order.tolist():
-            i, source = int(rows[k]), int(sources[k])
-            if not state.chosen[i, source]:
-                continue
-            moved |= _improve_row(state, i, source)
-        if not moved:
-            break
-    state.reload()
-    return state.chosen if instance.is_strict(state.chosen) else chosen
-
-
-def _improve_row(state: _State, i: int, source: int) -> bool:
-    row = np.array([i])
-    cut, lost = state.shifts(row, source)
-    good = (cut[0] >= -_TINY) & (lost[0] < -_TINY)
-    if good.any():
-        target = int(np.argmin(np.where(good, lost[0], np.inf)))
-        state.move(i, source, target)
-        return True
-    wishes = np.flatnonzero((lost[0] < -_TINY) & ~state.chosen[i] & state.instance.allowed[i])
-    if not len(wishes):
-        return False
-    others, at = np.nonzero(state.chosen[:, wishes])
-    targets = wishes[at]
-    keep = others != i
-    others, targets = others[keep], targets[keep]
-    if not len(others):
-        return False
-    cut, lost = state.swaps(row, source, others, targets)
-    good = (cut[0] >= -_TINY) & (lost[0] < -_TINY)
-    if not good.any():
-        return False
-    q = int(np.argmin(np.where(good, lost[0], np.inf)))
-    state.move(i, source, int(targets[q]))
-    state.move(int(others[q]), int(targets[q]), source)
-    return True
