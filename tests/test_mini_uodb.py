@@ -1,0 +1,64 @@
+"""The main job on real images, small: plan, train, test, metrics per domain."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / 'shared/data/mini_uodb'
+DOMAINS = ('bccd', 'deeppcb', 'hituav', 'hdbpmn', 'cheetah')
+CONFIG = ROOT / 'configs/gem/gem-retinanet_effnet-lite0_mini-uodb.py'
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f'{DATA} is not there')
+def test_real_images_are_planned_trained_on_and_scored_per_domain(tmp_path, monkeypatch):
+    from mmengine.config import Config
+    from mmengine.runner import Runner
+
+    from mmdet_moe.planning import ExpertPlan
+
+    sys.path.insert(0, str(ROOT / 'tools'))
+    import plan_experts
+
+    plan_file = tmp_path / 'plan.json'
+    monkeypatch.setenv('MINI_UODB', f'{DATA}/')
+    monkeypatch.setenv('MINI_UODB_PLAN', str(plan_file))
+
+    # Plan: every domain has an expert, no expert more images than it can hold.
+    arguments = [str(CONFIG), '--out', str(plan_file), '--max-images', '8', '--quiet']
+    assert plan_experts.main(arguments) == 0
+    plan = ExpertPlan.load(plan_file)
+    assert sorted(plan.datasets) == sorted(DOMAINS)
+    assert all(sum(plan.experts_of(name).values()) == 1 for name in DOMAINS)
+    loads = plan.certificate['loads']
+    assert all(load <= capacity for load, capacity in zip(loads, plan.capacity, strict=True))
+
+    # Train 20 steps, then test on 6 images of each domain; at 192 px, for the time it takes.
+    cfg = Config.fromfile(str(CONFIG))
+    cfg.work_dir = str(tmp_path / 'run')
+    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=20, val_interval=100)
+    cfg.randomness = dict(seed=0)
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+        next(step for step in loader.dataset.pipeline if step.type == 'Resize').scale = (192, 192)
+    for name in DOMAINS:
+        cfg.test_dataloader.dataset.domains[name].indices = 6
+    runner = Runner.from_cfg(cfg)
+    before = {key: value.clone() for key, value in runner.model.state_dict().items()}
+    runner.train()
+    moved = {
+        key.split('.experts.')[1].split('.')[0]
+        for key, value in runner.model.state_dict().items()
+        if '.experts.' in key and not value.equal(before[key])
+    }
+    used = {plan.experts.index(expert) for name in DOMAINS for expert in plan.experts_of(name)}
+    assert moved == {str(expert) for expert in used}
+
+    metrics = runner.test()
+    for name in (*DOMAINS, 'macro'):
+        value = metrics[f'{name}/coco/bbox_mAP_50']
+        # -1 is COCO's word for a domain without a box; it never is on these images.
+        assert math.isfinite(value) and 0 <= value <= 1, (name, value)
+    mean = sum(metrics[f'{name}/coco/bbox_mAP'] for name in DOMAINS) / len(DOMAINS)
+    assert metrics['macro/coco/bbox_mAP'] == pytest.approx(mean)
