@@ -40,13 +40,12 @@ class FitReport:
     upcycled: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """The report for a log."""
+        """What went well, for a log."""
         lines = []
         if self.upcycled:
             lines.append(f'upcycled {len(self.upcycled)} dense modules into experts')
         if self.rows:
             lines.append(f'class rows copied by name: {self.copied}')
-            lines.append(f'class rows re-initialised: {self.reinitialised}')
         return lines
 
 

@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 import torch
-from mmengine.model import ExponentialMovingAverage
+from mmdet.structures import DetDataSample
+from mmengine.model import BaseModel, ExponentialMovingAverage
 from mmengine.optim import OptimWrapper
 from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from tiny_models import (
@@ -24,6 +25,7 @@ from tiny_models import (
     yard_sample,
 )
 
+from mmdet_moe.models import MoEMixin
 from mmdet_moe.models.moe_mixin import restore_images, routing_summary
 from mmdet_moe.planning import ExpertPlan
 from mmdet_moe.registry import MODELS
@@ -182,6 +184,40 @@ def test_dense_model_scores_unknown_images_on_all_classes():
     model = build('retinanet').eval()
     labels = model.predict(images(1), [sample(None, [], [])])[0].pred_instances.labels
     assert len(set(labels.tolist())) > 3
+
+
+def test_mixin_needs_no_detector():
+    """A classifier has no ``_forward``, calls its preprocessor otherwise and knows no img_shape."""
+
+    class Classifier(BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.stem = torch.nn.Conv2d(3, 4, 3)
+
+        def forward(self, inputs, data_samples=None, mode='tensor'):
+            return getattr(self, mode)(inputs, data_samples)
+
+        def tensor(self, inputs, data_samples=None):
+            return self.stem(inputs).mean((2, 3))
+
+        def loss(self, inputs, data_samples):
+            return dict(loss=self.tensor(inputs).square().mean())
+
+        def predict(self, inputs, data_samples=None, **kwargs):
+            return self.tensor(inputs)
+
+    class MoEClassifier(MoEMixin, Classifier):
+        pass
+
+    spec = dict(targets='stem', router=dict(type='PlanRouter', plan=PLAN))
+    model = MoEClassifier(moe=[spec])
+    model.init_weights()
+    samples = [DetDataSample(metainfo=dict(domain=name)) for name in ('yard', 'blood')]
+    for mode in ('tensor', 'loss', 'predict'):
+        model(images(2), samples, mode=mode)
+        assert model.routing_state.domains == ('yard', 'blood')
+    model.eval()
+    assert model.predict(images(2), samples).shape == (2, 4)
 
 
 # -- what is kept out ----------------------------------------------------------------------------

@@ -59,6 +59,12 @@ class UpcycleHook(Hook):
             checkpoint['state_dict'] = fitted
         for line in report.lines():
             runner.logger.info(f'UpcycleHook: {line}')
+        if report.reinitialised:
+            runner.logger.warning(
+                f'UpcycleHook: the checkpoint has no rows for {len(report.reinitialised)} of '
+                f'{len(_model(runner).label_space.classes)} classes; untrained: '
+                f'{report.reinitialised}'
+            )
 
     def before_train(self, runner: Runner) -> None:
         """Load the experts' own checkpoints, unless this run is resumed."""
