@@ -41,7 +41,7 @@ class _Loader(importlib.abc.Loader):
 class _Finder(importlib.abc.MetaPathFinder):
     """Catch the one import we wait for, then step aside."""
 
-    def find_spec(self, fullname, path, target=None):  # noqa: ANN001, ANN201 - set by importlib
+    def find_spec(self, fullname, path, target=None):
         if fullname != _TABLE_MODULE:
             return None
         sys.meta_path.remove(self)

@@ -28,6 +28,7 @@ default_hooks = dict(
 custom_hooks = [
     dict(type='RandomStateHook'),  # a killed run resumes exactly
     dict(type='UpcycleHook'),  # load_from takes dense checkpoints
+    dict(type='PlanHook'),  # the checkpoint knows its plan
 ]
 
 env_cfg = dict(

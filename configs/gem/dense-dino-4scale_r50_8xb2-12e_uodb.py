@@ -46,4 +46,8 @@ val_evaluator = dict(
     metrics={{_base_.metrics}},
 )
 test_evaluator = val_evaluator
-custom_hooks = [dict(type='UpcycleHook', _scope_='mmdet_moe')]
+custom_hooks = [
+    dict(type='RandomStateHook', _scope_='mmdet_moe'),
+    dict(type='UpcycleHook', _scope_='mmdet_moe'),
+    dict(type='PlanHook', _scope_='mmdet_moe'),
+]

@@ -7,7 +7,7 @@ _base_ = [
 ]
 model = dict(
     label_space={{_base_.label_space}},
-    # Edges and textures of ImageNet do: without their gradients a step takes two thirds of the time.
+    # Edges and textures of ImageNet do: without their gradients a step takes 2/3 of the time.
     backbone=dict(frozen_stages=2),
 )
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.3))))

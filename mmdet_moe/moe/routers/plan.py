@@ -122,6 +122,13 @@ class PlanRouter(Router):
         """Numbers of the experts that serve ``dataset``."""
         return self._weights[self._row[dataset]].nonzero().flatten().tolist()
 
+    def assignment(self) -> dict[str, dict[str, float]]:
+        """Dataset -> expert -> combine weight, by name, as the plan file has it."""
+        return {
+            name: {self.experts[e]: float(self._weights[row, e]) for e in self.experts_of(name)}
+            for name, row in self._row.items()
+        }
+
     def image_weights(self, context: RoutingContext) -> Tensor:
         """(B, E) weights of the batch's images, on the CPU, computed once per forward."""
         state, images = context.state, context.num_images

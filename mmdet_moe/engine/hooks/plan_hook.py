@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import nn
+
+from mmdet_moe.moe import PlanRouter, moe_layers
+from mmdet_moe.registry import HOOKS
+
+#: Where a checkpoint keeps it: ``checkpoint['meta'][KEY]``.
+KEY = 'moe_assignment'
+
+
+@HOOKS.register_module()
+class PlanHook(Hook):
+    """Keep the plan's map in the checkpoint, and say so when another plan meets the weights.
+
+    The plan is a file beside the config, the experts' weights are in the checkpoint. If the file
+    is made anew after training, a dataset may be sent to an expert that never saw it, and nothing
+    but the metrics would tell. With this hook a checkpoint carries ``dataset -> experts`` of each
+    MoE layer, and loading it under a plan that says otherwise is a warning that names the datasets.
+    It is no error: planning again and training on from there is what one does with a newcomer.
+    """
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Write the map into the checkpoint's meta."""
+        assignment = plan_assignment(_model(runner))
+        if assignment:
+            checkpoint.setdefault('meta', {})[KEY] = assignment
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compare the checkpoint's map with this model's."""
+        trained = (checkpoint.get('meta') or {}).get(KEY)
+        if not trained:
+            return
+        moved = moved_datasets(trained, plan_assignment(_model(runner)))
+        if moved:
+            runner.logger.warning(
+                'PlanHook: the checkpoint was trained with another plan. Datasets whose experts '
+                f'are not those they were trained with: {"; ".join(moved)}'
+            )
+
+
+def plan_assignment(model: nn.Module) -> dict[str, dict[str, dict[str, float]]]:
+    """MoE layer -> dataset -> expert -> combine weight, for the layers routed by a plan."""
+    return {
+        name: layer.router.assignment()
+        for name, layer in moe_layers(model).items()
+        if isinstance(layer.router, PlanRouter)
+    }
+
+
+def moved_datasets(trained: Mapping, now: Mapping) -> list[str]:
+    """Datasets that were trained with other experts, once each: ``'bccd: e0 -> e1'``.
+
+    Layers and datasets that only one of the two has are left out: they are new or gone, not moved.
+
+    Args:
+        trained: The assignment in the checkpoint, as :func:`plan_assignment` gives it.
+        now: The model's.
+    """
+    moved = {}
+    for layer in trained.keys() & now.keys():
+        for dataset in trained[layer].keys() & now[layer].keys():
+            before, after = trained[layer][dataset], now[layer][dataset]
+            if before != after:
+                moved[dataset] = f'{dataset}: {"+".join(before)} -> {"+".join(after)}'
+    return [moved[dataset] for dataset in sorted(moved)]
+
+
+def _model(runner: Runner) -> nn.Module:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
