@@ -49,6 +49,8 @@ def make_table(metrics: dict[str, float], domains: dict, plan: dict) -> tuple[li
         domains: Of ``domains.json``: name -> sizes and classes.
         plan: The plan file's content.
     """
+    # A metric that does not exist is null in the file.
+    metrics = {key: float('nan') if value is None else value for key, value in metrics.items()}
     rows = []
     for name, made in domains.items():
         rows.append(
