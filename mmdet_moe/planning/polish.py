@@ -29,7 +29,7 @@ WHOLE_COLUMNS = 2_500
 #: Free columns of the first core, and of the first core of a very large problem, where the search
 #: gains least over the rounded map and the relaxation has taken most of the time.
 CORE_COLUMNS = 1_200
-SMALL_CORE_COLUMNS = 600
+SMALL_CORE_COLUMNS = 800
 #: An exact core larger than this is not tried unless optimality must be proven.
 EXACT_COLUMNS = 4_800
 #: Problems of more columns than this get one core and no more.
@@ -55,40 +55,122 @@ class Answer:
     bound: float
 
 
-def node_limit(columns: int, whole: bool) -> int:
+def node_limit(columns: int, whole: bool = False, large: bool = False) -> int:
     """Branch-and-bound nodes allowed to a programme: fewer where each costs more.
 
     These limits, not the clock, end a search, so that the same input gives the same bytes.
+
+    Args:
+        columns: Free columns of the programme.
+        whole: Whether they are all columns of the problem, so that the search can prove it.
+        large: Whether the problem has more than ``LARGE_COLUMNS``.
     """
     if whole and columns <= 1_000:
         return 20_000
+    if large:
+        return 10
     return max(20, (3_000_000 if whole else 200_000) // max(columns, 1))
 
 
-def losses(reduced: np.ndarray, copies: np.ndarray) -> np.ndarray:
-    """(m, n): loss of taking a column outside the row's best r_i, or of refusing one inside.
+class Losses:
+    """What each decision costs at the relaxation's prices; see the module's docstring.
+
+    Ties are broken towards the known map, so that tied rows count as decided.
 
     Args:
-        reduced: (m, n), -inf where not allowed.
+        reduced: (m, n) reduced worths, -inf where not allowed.
         copies: (m,).
+        chosen: (m, n) the known map, or None; its columns are open in every core.
 
-    Returns:
-        Non-negative array; inf where not allowed, and for refusing a column that must be taken.
+    Attributes:
+        best: (m, n) bool, each row's r_i columns of largest reduced worth.
+        loss: (m, n), of refusing a column of ``best`` or taking another; never negative, inf where
+            not allowed and where a column must be taken.
     """
-    order = -np.sort(-reduced, axis=1)
-    rows = np.arange(len(reduced))
-    last = order[rows, copies - 1]
-    n = reduced.shape[1]
-    following = np.where(copies < n, order[rows, np.minimum(copies, n - 1)], -np.inf)
-    inside = best_columns(reduced, copies)
-    with np.errstate(invalid='ignore'):
-        loss = np.where(inside, reduced - following[:, None], last[:, None] - reduced)
-    loss[np.isneginf(reduced)] = np.inf
-    return loss
+
+    def __init__(
+        self, reduced: np.ndarray, copies: np.ndarray, chosen: np.ndarray | None = None
+    ) -> None:
+        self.copies = copies
+        self.allowed = np.isfinite(reduced)
+        if chosen is not None:
+            reduced = reduced + 1e-12 * chosen
+        self.best = _best_columns(reduced, copies)
+        rows, n = np.arange(len(reduced)), reduced.shape[1]
+        most = min(int(copies.max()), n - 1)
+        ordered = -np.partition(-reduced, list(range(most + 1)), axis=1)[:, : most + 1]
+        last = ordered[rows, copies - 1]
+        following = np.where(copies < n, ordered[rows, np.minimum(copies, most)], -np.inf)
+        with np.errstate(invalid='ignore'):
+            loss = np.where(self.best, reduced - following[:, None], last[:, None] - reduced)
+        loss[~self.allowed] = np.inf
+        self.loss = loss
+        self.always = self.best if chosen is None else self.best | chosen
+
+    def core(self, threshold: float) -> np.ndarray:
+        """The open columns of the core of threshold t: losses <= t, the best, the map's own.
+
+        Returns:
+            Boolean array (m, n). A row with exactly ``copies`` open columns is decided.
+        """
+        return (self.always | (self.loss <= threshold)) & self.allowed
+
+    def free(self, core: np.ndarray) -> int:
+        """How many open columns belong to rows that are not decided."""
+        count = core.sum(axis=1)
+        return int(count[count > self.copies].sum())
+
+    def core_of_size(self, size: int, demand: np.ndarray) -> tuple[np.ndarray, float]:
+        """The largest core with at most ``size`` free columns.
+
+        Where many losses are equal (tied affinities) even the smallest threshold may open too much;
+        then the threshold is -1 (nothing is proven) and rows are opened in the order of their
+        demand (m, n), largest first, until the size is reached.
+
+        Returns:
+            Open columns (m, n) and the threshold.
+        """
+        losses = self.loss[~self.always & self.allowed]
+        # each threshold opens at least one column, so the size-th smallest is the last candidate
+        if len(losses) > size:
+            losses = np.partition(losses, size)[: size + 1]
+        losses.sort()
+        core, threshold, next_threshold = self.core(-1.0), -1.0, math.inf
+        lower, upper = 0, len(losses)
+        while lower < upper:  # the number of free columns grows with the threshold
+            middle = (lower + upper) // 2
+            trial = self.core(float(losses[middle]))
+            if self.free(trial) <= size:
+                core, threshold, lower = trial, float(losses[middle]), middle + 1
+            else:
+                next_threshold, upper = float(losses[middle]), middle
+        if threshold < 0 and math.isfinite(next_threshold):
+            core = self._open_in_part(next_threshold, core, size, demand)
+        elif (self.allowed <= core).all():
+            threshold = math.inf  # everything is open
+        return core, threshold
+
+    def _open_in_part(
+        self, threshold: float, base: np.ndarray, size: int, demand: np.ndarray
+    ) -> np.ndarray:
+        core = base.copy()
+        wanted = (self.loss <= threshold) & self.allowed & ~base
+        rows = np.flatnonzero(wanted.any(axis=1))
+        rows = rows[np.lexsort((rows, -demand[rows].max(axis=1)))]
+        left, n = size - self.free(base), base.shape[1]
+        for position, i in enumerate(rows.tolist()):
+            if left <= 0:
+                break
+            # a few columns a row, each row starting from another expert: spread over all of them
+            columns = np.flatnonzero(wanted[i])
+            columns = columns[np.lexsort(((columns - position) % n, self.loss[i, columns]))][:8]
+            core[i, columns] = True
+            decided = int(base[i].sum()) == int(self.copies[i])
+            left -= len(columns) + (int(self.copies[i]) if decided else 0)
+        return core
 
 
-def best_columns(reduced: np.ndarray, copies: np.ndarray) -> np.ndarray:
-    """(m, n) bool: each row's r_i columns of largest reduced worth, ties to the first."""
+def _best_columns(reduced: np.ndarray, copies: np.ndarray) -> np.ndarray:
     inside = np.zeros(reduced.shape, dtype=bool)
     if (copies == 1).all():
         inside[np.arange(len(reduced)), reduced.argmax(axis=1)] = True
@@ -97,97 +179,6 @@ def best_columns(reduced: np.ndarray, copies: np.ndarray) -> np.ndarray:
     rank = np.arange(reduced.shape[1]) < copies[:, None]
     np.put_along_axis(inside, order, rank, axis=1)
     return inside
-
-
-def core_at(
-    instance: Instance, reduced: np.ndarray, threshold: float, chosen: np.ndarray | None
-) -> np.ndarray:
-    """The columns open in the core of threshold t: losses <= t, the best r_i and the map's own.
-
-    Args:
-        instance: The problem.
-        reduced: (m, n) reduced worths.
-        threshold: t.
-        chosen: A map whose columns are kept in, or None.
-
-    Returns:
-        Boolean array (m, n). A row with exactly ``copies`` open columns is decided.
-    """
-    reduced = _nudged(reduced, chosen)
-    loss = losses(reduced, instance.copies)
-    open_columns = best_columns(reduced, instance.copies) | (loss <= threshold)
-    if chosen is not None:
-        open_columns |= chosen
-    return open_columns & instance.allowed
-
-
-def _nudged(reduced: np.ndarray, chosen: np.ndarray | None) -> np.ndarray:
-    """Reduced worths with ties broken towards a map, so that tied rows count as decided."""
-    return reduced if chosen is None else reduced + 1e-12 * chosen
-
-
-def free_columns(instance: Instance, open_columns: np.ndarray) -> int:
-    """How many open columns belong to rows that are not decided."""
-    count = open_columns.sum(axis=1)
-    return int(count[count > instance.copies].sum())
-
-
-def core_of_size(
-    instance: Instance, reduced: np.ndarray, size: int, chosen: np.ndarray | None
-) -> tuple[np.ndarray, float]:
-    """The largest core with at most ``size`` free columns.
-
-    Where many losses are equal (tied affinities) even threshold 0 may be too large; then the
-    threshold is -1 (nothing is proven) and rows are opened in the order of their demand, largest
-    first, until the size is reached.
-
-    Returns:
-        Open columns (m, n) and the threshold.
-    """
-    nudged = _nudged(reduced, chosen)
-    loss = losses(nudged, instance.copies)
-    outside = ~best_columns(nudged, instance.copies) & instance.allowed
-    finite = np.sort(loss[outside & np.isfinite(loss)])
-    low, high = -1.0, math.inf
-    best = core_at(instance, reduced, -1.0, chosen)
-    # bisect over the ranks of the losses: the number of free columns grows with the threshold
-    lower, upper = 0, len(finite)
-    while lower < upper:
-        middle = (lower + upper) // 2
-        threshold = float(finite[middle])
-        trial = core_at(instance, reduced, threshold, chosen)
-        if free_columns(instance, trial) <= size:
-            best, low = trial, threshold
-            lower = middle + 1
-        else:
-            high = threshold
-            upper = middle
-    if low < 0 and math.isfinite(high):
-        best = _open_in_part(instance, loss, high, best, size)
-    elif len(finite) and low == finite[-1]:
-        low = math.inf  # everything is open
-    return best, low
-
-
-def _open_in_part(
-    instance: Instance, loss: np.ndarray, threshold: float, base: np.ndarray, size: int
-) -> np.ndarray:
-    open_columns = base.copy()
-    wanted = (loss <= threshold) & instance.allowed & ~base
-    rows = np.flatnonzero(wanted.any(axis=1))
-    rows = rows[np.lexsort((rows, -instance.demand[rows].max(axis=1)))]
-    left = size - free_columns(instance, base)
-    # a few columns per row, spread over the experts: the same first few would all be one expert
-    n = instance.shape[1]
-    per_row = max(2, min(8, n))
-    for position, i in enumerate(rows.tolist()):
-        if left <= 0:
-            break
-        columns = np.flatnonzero(wanted[i])
-        columns = columns[np.lexsort(((columns - position) % n, loss[i, columns]))][:per_row]
-        open_columns[i, columns] = True
-        left -= len(columns) + int(base[i].sum() == instance.copies[i]) * int(instance.copies[i])
-    return open_columns
 
 
 def solve_core(
@@ -408,13 +399,17 @@ class _Search:
     ) -> None:
         self.instance = instance
         self.relaxation = relaxation
-        self.reduced = relaxation.reduced
         self.chosen = chosen
         self.bound = relaxation.bound
         self.exact = exact
         self.clock = clock
         self.seed = seed
         self.say = say
+        self.large = int(instance.allowed.sum()) > LARGE_COLUMNS
+
+    def losses(self) -> Losses:
+        """The losses, with ties broken towards the best map known."""
+        return Losses(self.relaxation.reduced, self.instance.copies, self.chosen)
 
     def value(self) -> float:
         """Worth of the best map known."""
@@ -422,14 +417,14 @@ class _Search:
 
     def solve(self, open_columns: np.ndarray, threshold: float, what: str) -> Answer:
         """One programme; keeps a better map and, over a complete core, a better bound."""
-        columns = free_columns(self.instance, open_columns)
+        columns = self.losses().free(open_columns)
         self.say(f'integer programme over {what}: {columns} columns')
         complete = threshold >= self.relaxation.bound - self.value()
         answer = solve_core(
             self.instance,
             open_columns,
             start=self.chosen,
-            nodes=None if self.exact and complete else node_limit(columns, False),
+            nodes=None if self.exact and complete else node_limit(columns, large=self.large),
             clock=self.clock,
             seed=self.seed,
         )
@@ -447,10 +442,8 @@ class _Search:
             near: Where no map is known, the one that repair left.
         """
         instance, clock = self.instance, self.clock
-        columns = int(instance.allowed.sum())
-        large = columns > LARGE_COLUMNS
-        size = SMALL_CORE_COLUMNS if large else CORE_COLUMNS
-        core, threshold = core_of_size(instance, self.reduced, size, self.chosen)
+        size = SMALL_CORE_COLUMNS if self.large else CORE_COLUMNS
+        core, threshold = self.losses().core_of_size(size, instance.demand)
         answer = self.solve(core, threshold, 'a core')
         if self.chosen is None and near is not None and clock.left() > 0:
             # no map yet: reopen every row of the experts that repair left over their limits
@@ -463,18 +456,19 @@ class _Search:
             answer, threshold = self.solve(instance.allowed, math.inf, 'all columns'), math.inf
             if answer.status == 'infeasible':
                 return True
-        if large and not self.exact:
+        if self.large and not self.exact:
             return False
         while self.chosen is not None and clock.left() > 0:
             needed = self.relaxation.bound - self.value()
             if self.bound - self.value() <= TOLERANCE or threshold >= needed:
                 break  # proven, or every better map has been searched within the limits
-            core, threshold = core_at(instance, self.reduced, needed, self.chosen), needed
-            if not self.exact and free_columns(instance, core) > EXACT_COLUMNS:
+            losses = self.losses()
+            core, threshold = losses.core(needed), needed
+            if not self.exact and losses.free(core) > EXACT_COLUMNS:
                 # too large to prove anything; a wider core may still find a better map
                 if answer.status != 'optimal':
                     break
-                core, threshold = core_of_size(instance, self.reduced, EXACT_COLUMNS, self.chosen)
+                core, threshold = losses.core_of_size(EXACT_COLUMNS, instance.demand)
                 self.solve(core, threshold, 'a wider core')
                 break
             answer = self.solve(core, threshold, 'all columns that could pay')

@@ -24,7 +24,7 @@ from mmdet_moe.planning import (
 from mmdet_moe.planning.certificate import worth_of
 from mmdet_moe.planning.instance import canonical
 from mmdet_moe.planning.planner import default_capacities
-from mmdet_moe.planning.polish import core_at, core_of_size, free_columns, losses, solve_core
+from mmdet_moe.planning.polish import Losses, solve_core
 from mmdet_moe.planning.relaxation import solve_arrays
 from mmdet_moe.planning.repair import construct, repair
 from mmdet_moe.planning.solver import Clock
@@ -343,15 +343,19 @@ def test_construct_places_the_big_ones_first():
 def test_cores_hold_every_decision_below_their_threshold():
     # losses of leaving the best: row 0: .5 and 1; refusing the best costs the same .5
     reduced = np.array([[0.0, -0.5, -1.0], [-2.0, 0.0, -0.25]])
-    assert losses(reduced, np.array([1, 1])).tolist() == [[0.5, 0.5, 1.0], [2.0, 0.25, 0.25]]
-    # with two copies the second best is kept as well: refusing the best costs best - third
-    assert losses(reduced, np.array([2, 2])).tolist() == [[1.0, 0.5, 0.5], [1.75, 2.0, 1.75]]
+    assert Losses(reduced, np.array([1, 1])).loss.tolist() == [[0.5, 0.5, 1.0], [2.0, 0.25, 0.25]]
+    # two copies: row 0 keeps 0 and -.5, refusing them costs 1 and .5, taking the third .5;
+    # row 1 keeps 0 and -.25, refusing them costs 2 and 1.75, taking the third 1.75
+    assert Losses(reduced, np.array([2, 2])).loss.tolist() == [[1.0, 0.5, 0.5], [1.75, 2.0, 1.75]]
+    # three copies of three: nothing can be refused
+    assert np.isinf(Losses(reduced, np.array([3, 1])).loss[0]).all()
     problem = lognormal(30, 6, 0)
     instance = canonical(problem, problem.capacity)
     found = solve_arrays(instance)
-    core, threshold = core_of_size(instance, found.reduced, 40, None)
-    assert 0 < free_columns(instance, core) <= 40
-    assert (core == core_at(instance, found.reduced, threshold, None)).all()
+    losses = Losses(found.reduced, instance.copies)
+    core, threshold = losses.core_of_size(40, instance.demand)
+    assert 0 < losses.free(core) <= 40
+    assert (core == losses.core(threshold)).all()
     # the bound of a complete core holds for the whole problem
     answer = solve_core(instance, core, start=None, nodes=None, clock=Clock(60), seed=0)
     whole = solve_core(instance, instance.allowed, start=None, nodes=None, clock=Clock(60), seed=0)
