@@ -21,6 +21,7 @@ saying what is missing, otherwise.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -86,14 +87,20 @@ def verdict(rows: list[dict]) -> str | None:
     return 'AP50 too low: ' + ', '.join(missed) if missed else None
 
 
-def draw_pictures(config: Path, checkpoint: Path, out: Path) -> None:
+def draw_pictures(config: Path, checkpoint: Path, out: Path, log: Path) -> None:
     """One picture per domain: validation images in pairs, the truth left, the detections right.
 
     Args:
         config: Of the model and its data.
         checkpoint: Of the trained model.
         out: Folder for ``<domain>.png``.
+        log: File for what the libraries say.
     """
+    with log.open('a') as sink, contextlib.redirect_stdout(sink):
+        _draw_pictures(config, checkpoint, out)
+
+
+def _draw_pictures(config: Path, checkpoint: Path, out: Path) -> None:
     import mmcv
     import numpy as np
     import torch
@@ -184,7 +191,7 @@ def run_demo(out: Path, seed: int) -> int:
     steps.step(
         'pictures',
         '5/5 pictures: truth left, detections right',
-        lambda _: draw_pictures(ROOT / CONFIG, checkpoint, out / 'pictures'),
+        lambda _: draw_pictures(ROOT / CONFIG, checkpoint, out / 'pictures', steps.log),
         '',
         [out / 'pictures' / f'{name}.png' for name in domains],
     )
