@@ -24,4 +24,4 @@ param_scheduler = [
         eta_min_ratio=0.02,
     ),
 ]
-default_hooks = dict(logger=dict(interval=20))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=100))
