@@ -72,6 +72,22 @@ def _clock(seconds: float) -> str:
     return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 
+def _end_group(process: subprocess.Popen) -> None:
+    """End a process and all it started, and return when none of them is left.
+
+    The compilers outlive pip by a moment and would write into a folder that is being removed.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        start = time.monotonic()
+        # Not for ever: where nobody reaps them, zombies count as alive.
+        while time.monotonic() < start + 12:
+            process.poll()
+            os.killpg(process.pid, signal.SIGKILL if time.monotonic() > start + 10 else 0)
+            time.sleep(0.1)
+    process.wait()
+
+
 class Runner:
     """Runs commands with their output in a log file and a line about the time they take.
 
@@ -110,9 +126,7 @@ class Runner:
             try:
                 self._watch(process, what, start, offset)
             except BaseException:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
+                _end_group(process)
                 raise
         if process.returncode:
             tail = ''.join(self.log.read_text(errors='replace')[offset:].splitlines(True)[-25:])
@@ -241,6 +255,8 @@ def build_mmcv(venv: Path, runner: Runner) -> Path:
             )
         say(f'mmcv {version} has no wheel for this torch and Python in {folder}:')
         say('building it once, 11 to 13 minutes on two cores')
+        for left_over in folder.glob('build-*'):  # of a process that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix='build-', dir=folder) as scratch:
             command = [python, '-m', 'pip', 'wheel', '-v', '--no-cache-dir', '--no-build-isolation']
             command += ['--no-deps', '--wheel-dir', scratch, f'onedl-mmcv=={version}']

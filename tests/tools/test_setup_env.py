@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,31 @@ def test_a_failed_step_shows_the_end_of_its_output(tmp_path: Path) -> None:
     code = "print('no space left'); raise SystemExit(1)"
     with pytest.raises(tool.SetupError, match='no space left'):
         tool.Runner(tmp_path / 'log').run([sys.executable, '-c', code], 'building mmcv')
+
+
+def test_an_interrupted_step_ends_everything_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A parent that ends at once on the signal, and a child that takes a second to obey it.
+    child = f"""
+import signal, sys, time
+def slow(*_):
+    time.sleep(1)
+    open({str(tmp_path / 'last words')!r}, 'w').close()
+    sys.exit()
+signal.signal(signal.SIGTERM, slow)
+open({str(tmp_path / 'started')!r}, 'w').close()
+time.sleep(60)
+"""
+    parent = f'import subprocess, sys; subprocess.run([sys.executable, "-c", {child!r}])'
+
+    def interrupt(*_: object) -> None:
+        while not (tmp_path / 'started').exists():
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    runner = tool.Runner(tmp_path / 'log')
+    monkeypatch.setattr(runner, '_watch', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([sys.executable, '-c', parent], 'building')
+    assert (tmp_path / 'last words').exists()
