@@ -251,3 +251,19 @@ def test_inference_api_takes_a_domain(config, tmp_path, tiny_domains, tiny_label
     only(inference_detector(model, np.asarray(mmcv.imread(image))), 'heat')
     with pytest.raises(ValueError, match="unknown domain 'moon'"):
         inferencer(image, domain='moon')
+
+
+def test_ema_hook_keeps_an_average_that_validates(config):
+    cfg = config('ema', iters=3)
+    cfg.custom_hooks = [dict(type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.5)]
+    runner = train(cfg)
+    (hook,) = [hook for hook in runner.hooks if type(hook).__name__ == 'EMAHook']
+    live, average = runner.model, hook.ema_model.module
+    # A copy of its own, with a routing state of its own that its layers share.
+    assert average.routing_state is not live.routing_state
+    assert all(m.state is average.routing_state for m in average.moe_layers().values())
+    weights = dict(live.named_parameters())
+    apart = [key for key, value in average.named_parameters() if not value.equal(weights[key])]
+    assert any('.experts.' in key for key in apart)
+    metrics = runner.val_loop.run()
+    assert 0 <= metrics['macro/coco/bbox_mAP'] <= 1
