@@ -13,16 +13,19 @@ from mmdet_moe.planning.certificate import gaps, moves_of, worth_of
 from mmdet_moe.planning.errors import InfeasibleError, NoPlanFoundError, PlanError
 from mmdet_moe.planning.instance import Instance, canonical
 from mmdet_moe.planning.plan import LOAD_TOLERANCE, ExpertPlan, exact_loads
-from mmdet_moe.planning.polish import TOLERANCE, Polished, polish
+from mmdet_moe.planning.polish import TOLERANCE, WHOLE_COLUMNS, Polished, polish
 from mmdet_moe.planning.printed import printed_rounding
 from mmdet_moe.planning.problem import PlanningProblem
 from mmdet_moe.planning.relaxation import Relaxation, relax
-from mmdet_moe.planning.repair import construct, repair
+from mmdet_moe.planning.repair import construct, improve, repair
 from mmdet_moe.planning.rounding import hierarchical_rounding
 from mmdet_moe.planning.solver import Clock
 
 #: The safety net of :func:`plan_experts`, in seconds; the limits that matter are in nodes.
 TIME_LIMIT = 120.0
+#: Kicks of the local search: many where one takes milliseconds and the integer programme cannot
+#: be solved whole, few where it can or where each takes long. By number of columns.
+KICKS = ((WHOLE_COLUMNS, 50), (20_000, 300), (100_000, 20))
 ROUNDINGS = ('hierarchical', 'printed')
 
 
@@ -139,7 +142,7 @@ def _plan(
     if rounding == 'printed':
         result, method = _printed(instance, relaxation, clock)
     else:
-        chosen, near, method = _rounded(instance, relaxation, clock, say)
+        chosen, near, method = _rounded(instance, relaxation, seed, clock, say)
         result = polish(
             instance,
             relaxation,
@@ -169,24 +172,38 @@ def _plan(
 
 
 def _rounded(
-    instance: Instance, relaxation: Relaxation, clock: Clock, say: Callable[[str], None]
+    instance: Instance,
+    relaxation: Relaxation,
+    seed: int,
+    clock: Clock,
+    say: Callable[[str], None],
 ) -> tuple[np.ndarray | None, np.ndarray, str]:
-    """A strict map from the relaxation, or None and the map that repair left; and the method."""
+    """A strict map from the relaxation, or None; the map that repair left; and the method."""
     chosen = hierarchical_rounding(relaxation.x, instance.worth, instance.demand, instance.copies)
     method = f'lp({relaxation.method})+hierarchical'
-    if instance.is_strict(chosen):
-        return chosen, chosen, method
-    say('repair to strict capacity')
-    near, strict = repair(instance, chosen, clock=clock)
-    if strict:
-        return near, near, method + '+repair'
-    say('construction, largest demand first')
-    built = construct(instance, relaxation.reduced)
-    if built is not None:
-        built, strict = repair(instance, built, clock=clock)
-        if strict:
-            return built, built, f'lp({relaxation.method})+construct'
-    return None, near, method
+    near = chosen
+    if not instance.is_strict(chosen):
+        say('repair to strict capacity')
+        near, strict = repair(instance, chosen, clock=clock)
+        method += '+repair'
+        if not strict:
+            say('construction, largest demand first')
+            built = construct(instance, relaxation.reduced)
+            if built is None:
+                return None, near, method
+            near, strict = repair(instance, built, clock=clock)
+            if not strict:
+                return None, near, method
+            method = f'lp({relaxation.method})+construct'
+    if relaxation.bound - instance.value(near) <= TOLERANCE:
+        return near, near, method
+    columns = int(instance.allowed.sum())
+    kicks = next((count for most, count in KICKS if columns <= most), 0)
+    say(f'local search with {kicks} kicks')
+    better = improve(instance, near, relaxation.reduced, relaxation.bound, kicks, seed, clock)
+    if instance.value(better) > instance.value(near):
+        return better, better, method + '+search'
+    return near, near, method
 
 
 def _printed(instance: Instance, relaxation: Relaxation, clock: Clock) -> tuple[Polished, str]:

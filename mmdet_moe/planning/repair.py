@@ -6,12 +6,15 @@
 
 that takes, step by step, the shift (row i from expert j to k) or the swap (i on j with p on k) that
 cuts V most per worth lost, and where none cuts it the least bad one, with a short tabu list.
-:func:`construct` builds a map from nothing, largest demand first, by reduced worth.
+:func:`improve` raises the worth of a strict map; :func:`construct` builds one from nothing,
+largest demand first, by reduced worth.
 
 Everything is arrays over the rows of one expert times all experts; nothing loops over m x n.
 """
 
 from __future__ import annotations
+
+import copy
 
 import numpy as np
 
@@ -22,6 +25,8 @@ from mmdet_moe.planning.solver import Clock
 
 #: How many pairs a swap search looks at.
 SWAP_PAIRS = 400_000
+#: The share of the gap that an accepted kick may lose at first.
+PATIENCE = 0.1
 _TINY = 1e-12
 
 
@@ -45,6 +50,13 @@ class _State:
             assert self.rivals is not None
             self.rivals[group] += chosen[group].sum(axis=0) - chosen[group]
         self.reload()
+
+    def copy(self) -> _State:
+        """A state of its own map; the arrays of the problem are shared."""
+        twin = copy.copy(self)
+        twin.chosen, twin.load = self.chosen.copy(), self.load.copy()
+        twin.rivals = None if self.rivals is None else self.rivals.copy()
+        return twin
 
     def reload(self) -> None:
         """Recomputes the loads by exact sums, so that no error builds up."""
@@ -138,30 +150,140 @@ def repair(
         The map and whether it is strict, rechecked by exact sums.
     """
     state = _State(instance, chosen)
-    tabu: dict[tuple[int, int], int] = {}
-    n = instance.shape[1]
+    best = _settle(state, {}, steps, clock)
+    if instance.is_strict(state.chosen):
+        return state.chosen, True
+    return best, instance.is_strict(best)
+
+
+def _settle(
+    state: _State, tabu: dict[tuple[int, int], int], steps: int, clock: Clock | None
+) -> np.ndarray:
+    """Steps until nothing is breached, or none helps any more; the least breached map it saw."""
     best, best_breach = state.chosen.copy(), np.inf
-    spare, step = steps, 0
+    step = 0
     while True:
         breach = state.breach(state.load) + state.conflicts()
         total = float(breach.sum())
         if total <= _TINY:
             state.reload()
             if float((state.breach(state.load) + state.conflicts()).sum()) <= _TINY:
-                break
+                return state.chosen
         if total < best_breach * (1 - 1e-9):
             best, best_breach = state.chosen.copy(), total
-        elif spare == 0 or (clock is not None and clock.left() <= 0):
-            break
+        elif steps == 0 or (clock is not None and clock.left() <= 0):
+            return best
         else:
-            spare -= 1
+            steps -= 1
         step += 1
         banned = [pair for pair, until in tabu.items() if until > step]
-        if not _step(state, int(np.argmax(breach)), banned, tabu, step + 7 + n // 4):
+        until = step + 7 + state.instance.shape[1] // 4
+        if not _step(state, int(np.argmax(breach)), banned, tabu, until):
+            return best
+
+
+def improve(
+    instance: Instance,
+    chosen: np.ndarray,
+    reduced: np.ndarray,
+    bound: float,
+    kicks: int,
+    seed: int,
+    clock: Clock | None = None,
+) -> np.ndarray:
+    """Raises the worth of a strict map: iterated local search.
+
+    Shifts and swaps first, until none is left that pays. Then each kick puts one row that is not
+    where it would like to be on the expert it likes best, holds it there and settles the breach
+    that makes. The outcome is kept if it is worth more, or, ever less often, a little less.
+
+    Args:
+        instance: The problem.
+        chosen: (m, n) strict map.
+        reduced: (m, n) reduced worths, which say what a row would like.
+        bound: The relaxation's bound on the worth.
+        kicks: Number of kicks.
+        seed: Which rows are kicked.
+        clock: The safety net.
+
+    Returns:
+        A strict map worth at least as much.
+    """
+    if int(instance.copies.sum()) ** 2 > SWAP_PAIRS * instance.shape[1]:
+        return chosen  # too many swaps to look at
+    random = np.random.default_rng(seed)
+    n = instance.shape[1]
+    state = _State(instance, chosen)
+    _climb(state, list(range(n)))
+    value = highest = instance.value(state.chosen)
+    best = state
+    for kick in range(kicks):
+        if clock is not None and clock.left() <= 0:
             break
-    if instance.is_strict(state.chosen):
-        return state.chosen, True
-    return best, instance.is_strict(best)
+        rows, sources = np.nonzero(state.chosen)
+        wish = np.where(state.chosen[rows], -np.inf, reduced[rows])
+        targets = wish.argmax(axis=1)
+        regret = wish[np.arange(len(rows)), targets] - reduced[rows, sources]
+        scale = max(float(regret.max()), 1e-12) / 3
+        k = int(np.argmax(regret + scale * random.gumbel(size=len(rows))))
+        i, source, target = int(rows[k]), int(sources[k]), int(targets[k])
+        if not np.isfinite(regret[k]):
+            continue
+        trial = state.copy()
+        trial.move(i, source, target)
+        forever = 1 << 30
+        tabu = {(i, j): forever for j in range(n)}
+        _settle(trial, tabu, 5, clock)
+        touched = np.flatnonzero((trial.chosen != state.chosen).any(axis=0)).tolist()
+        _climb(trial, touched)
+        worth = instance.value(trial.chosen)
+        # a little worse is a way out of a local optimum, less and less as the kicks run out
+        margin = PATIENCE * (highest - bound) * (kicks - kick - 1) / kicks
+        if worth > value + margin and instance.is_strict(trial.chosen):
+            state, value = trial, worth
+            if worth > highest:
+                best, highest = trial, worth
+    return best.chosen if instance.is_strict(best.chosen) else chosen
+
+
+def _climb(state: _State, waiting: list[int]) -> None:
+    """Shifts and swaps that keep all limits and gain worth, off the experts given and onwards."""
+    steps = 20 * len(state.chosen)
+    while waiting and steps:
+        expert = waiting.pop(0)
+        other = _gain(state, expert)
+        if other is not None:
+            steps -= 1
+            waiting += [j for j in (expert, other) if j not in waiting]
+
+
+def _gain(state: _State, expert: int) -> int | None:
+    """Takes the best shift or swap off one expert that keeps all limits; the other expert."""
+    rows = np.flatnonzero(state.chosen[:, expert])
+    if not len(rows):
+        return None
+    cut, lost = state.shifts(rows, expert)
+    lost = np.where(cut >= 0, lost, np.inf)
+    k = int(np.argmin(lost))
+    a, target = divmod(k, lost.shape[1])
+    best, action = float(lost.flat[k]), (int(rows[a]), target, -1)
+    others, targets = np.nonzero(state.chosen)
+    elsewhere = targets != expert
+    others, targets = others[elsewhere], targets[elsewhere]
+    if len(others):
+        cut, lost = state.swaps(rows, expert, others, targets)
+        lost = np.where(cut >= 0, lost, np.inf)
+        k = int(np.argmin(lost))
+        if lost.flat[k] < best:
+            a, q = divmod(k, lost.shape[1])
+            best, action = float(lost.flat[k]), (int(rows[a]), int(targets[q]), int(others[q]))
+    if best >= -1e-10:
+        return None
+    row, target, other = action
+    state.move(row, expert, target)
+    if other >= 0:
+        state.move(other, target, expert)
+    return target
 
 
 def _step(
@@ -218,7 +340,8 @@ def _step(
                 candidates.append(
                     (float(points.flat[k]), float(cut.flat[k]), (rows[a], expert, target))
                 )
-        if not any(cut > _TINY for _, cut, _ in candidates):
+        pairs = len(rows) * int(instance.copies.sum())
+        if pairs <= SWAP_PAIRS or not any(cut > _TINY for _, cut, _ in candidates):
             found = _best_swap(state, expert, rows, banned, score)
             if found is not None:
                 candidates.append(found)

@@ -26,7 +26,7 @@ from mmdet_moe.planning.instance import canonical
 from mmdet_moe.planning.planner import default_capacities
 from mmdet_moe.planning.polish import Losses, solve_core
 from mmdet_moe.planning.relaxation import solve_arrays
-from mmdet_moe.planning.repair import construct, repair
+from mmdet_moe.planning.repair import construct, improve, repair
 from mmdet_moe.planning.solver import Clock
 
 
@@ -331,6 +331,26 @@ def test_repair_restores_floors_and_separations():
     start = np.array([[1, 0]] * 4, dtype=bool)
     fixed, strict = repair(instance, start)
     assert strict and instance.is_strict(fixed)
+
+
+def test_improve_climbs_by_shifts_swaps_and_kicks_and_stays_strict():
+    # both rows sit on the expert the other one wants, and neither expert has room for two
+    problem = PlanningProblem(['a', 'b'], 2, [[0, 1], [1, 0]], capacity=1)
+    instance = canonical(problem, problem.capacity)
+    start = np.array([[1, 0], [0, 1]], dtype=bool)
+    better = improve(instance, start, instance.worth, 0.0, kicks=0, seed=0)
+    assert better.tolist() == [[False, True], [True, False]]
+    problem = lognormal(60, 8, 0, slack=1.05, copies=[1, 2] * 30, capacity=1e9)
+    problem.capacity = np.full(8, float((problem.demand[:, 0] * problem.copies).sum()) / 8 * 1.05)
+    instance = canonical(problem, problem.capacity)
+    found = solve_arrays(instance)
+    start = construct(instance, found.reduced)
+    values = [instance.value(start)]
+    for kicks in (0, 60):
+        chosen = improve(instance, start, found.reduced, found.bound, kicks, seed=0)
+        assert instance.is_strict(chosen)
+        values.append(instance.value(chosen))
+    assert values[0] < values[1] < values[2] <= found.bound
 
 
 def test_construct_places_the_big_ones_first():
