@@ -25,7 +25,7 @@ from mmdet_moe.planning.solver import Clock
 TIME_LIMIT = 120.0
 #: Kicks of the local search: many where one takes milliseconds and the integer programme cannot
 #: be solved whole, few where it can or where each takes long. By number of columns.
-KICKS = ((WHOLE_COLUMNS, 50), (20_000, 300), (100_000, 20))
+KICKS = ((WHOLE_COLUMNS, 100), (20_000, 300), (100_000, 20))
 ROUNDINGS = ('hierarchical', 'printed')
 
 

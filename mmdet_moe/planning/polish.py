@@ -65,11 +65,11 @@ def node_limit(columns: int, whole: bool = False, large: bool = False) -> int:
         whole: Whether they are all columns of the problem, so that the search can prove it.
         large: Whether the problem has more than ``LARGE_COLUMNS``.
     """
-    if whole and columns <= 1_000:
+    if whole and columns <= 800:
         return 20_000
     if large:
         return 10
-    return max(20, (3_000_000 if whole else 50_000) // max(columns, 1))
+    return max(20, (250_000 if whole else 50_000) // max(columns, 1))
 
 
 class Losses:
