@@ -18,6 +18,8 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a clone, uninstalled
+
 # Before any config is read: with it, `_base_ = 'mmdet_moe::...'` means the shipped configs.
 import mmdet_moe  # noqa: F401  isort: skip
 from mmdet.evaluation import DumpDetResults

@@ -1,5 +1,5 @@
 # One dense DINO for one domain alone, chosen by $SINGLE_DOMAIN: what sharing has to beat. It
-# sees as many images as the domain's share of the dense twin's training, and keeps its label space
+# has the dense twin's steps divided by the number of domains, and keeps its label space
 # (other classes are masked), so its checkpoint fits the other models'.
 _base_ = './dense-dino_effnet-lite0_demo.py'
 domain = '{{$SINGLE_DOMAIN:ink}}'

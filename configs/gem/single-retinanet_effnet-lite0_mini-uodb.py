@@ -1,5 +1,5 @@
 # One dense RetinaNet for one domain alone, chosen by $SINGLE_DOMAIN: what sharing has to beat. It
-# sees as many images as the domain's share of the dense twin's training, and keeps its label space
+# has the dense twin's steps divided by the number of domains, and keeps its label space
 # (other classes are masked), so its checkpoint fits the other models'.
 _base_ = './dense-retinanet_effnet-lite0_mini-uodb.py'
 domain = '{{$SINGLE_DOMAIN:bccd}}'

@@ -31,6 +31,7 @@ from mmengine.registry import init_default_scope
 from mmengine.utils import ProgressBar
 
 from mmdet_moe.models.embedder import FrozenEmbedder
+from mmdet_moe.models.moe_mixin import is_plan_router
 from mmdet_moe.planning import (
     ExpertPlan,
     NoPlanFoundError,
@@ -275,7 +276,7 @@ def plan_path(cfg: Mapping[str, Any]) -> str:
 
 def _plan_specs(cfg: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     specs = (cfg.get('model') or {}).get('moe') or []
-    return [spec for spec in specs if (spec.get('router') or {}).get('type') == 'PlanRouter']
+    return [spec for spec in specs if is_plan_router(spec)]
 
 
 def build_datasets(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -516,15 +517,16 @@ def run(
         options = PlannerOptions.from_config(cfg, **given)
         out = plan_path(cfg) if out is None else out
         planned = plan_from_config(cfg, options, verbose=not quiet)
-        planned.plan.save(out)
         if picture is None:
             picture = str(Path(out).with_suffix('.png'))
         if picture:
             draw_plan(planned.plan, picture, unit=None if planned.unit == 'unit' else planned.unit)
+        # Last: nothing is written at `out` unless the exit is 0.
+        planned.plan.save(out)
     except NoPlanFoundError as error:
         print(f'plan_experts.py: {_line(error)}', file=sys.stderr)
         return 3
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError) as error:
         print(f'plan_experts.py: {_line(error)}', file=sys.stderr)
         return 2
     text = summary_line(planned.plan)

@@ -78,6 +78,7 @@ def fit_checkpoint(
     report = FitReport()
     fitted: dict[str, Tensor] = {}
     wrong = []
+    matched = False
     for key, value in state_dict.items():
         key = key.removeprefix('module.')
         fitted[key] = value
@@ -85,6 +86,7 @@ def fit_checkpoint(
         target = own.get(target_key)
         if target is None or not isinstance(value, Tensor):
             continue
+        matched = True
         if layer is not None and layer not in report.upcycled:
             report.upcycled.append(layer)
         channels = _channels(patterns, target_key)
@@ -105,6 +107,11 @@ def fit_checkpoint(
             wrong.append(f'{key}: {error}')
             continue
         report.rows.append(key)
+    if state_dict and not matched:
+        raise CheckpointError(
+            f'the checkpoint has no parameter of the model; it has {list(state_dict)[:3]}, the model '
+            f'{list(own)[:3]}'
+        )
     if wrong:
         raise CheckpointError(
             'the checkpoint does not fit the model (shapes in the model come second): '

@@ -55,7 +55,8 @@ class MoEMixin:
         **kwargs: As the base model.
 
     Raises:
-        ValueError: The plan's datasets are not the label space's domains; both are listed.
+        ValueError: The plan has datasets that the label space has not; both are listed. (Whether
+            it has those of the training data, ``PlanHook`` checks.)
     """
 
     def __init__(
@@ -88,7 +89,8 @@ class MoEMixin:
         if specs:
             self.moe_names = replace_modules(self, specs, self.routing_state)
         if label_space is not None:
-            check_datasets(self, label_space.domains)
+            # A label space may name domains that are held out of training, and so of the plan.
+            check_datasets(self, label_space.domains, held_out=True)
         self._prototypes = _prototypes([plan, *(_plan_of(spec) for spec in specs)])
         if embedder is None and self._prototypes is not None:
             embedder = self._prototypes.get('embedder')
@@ -352,7 +354,8 @@ def _is_rgb(preprocessor: Any) -> bool:
     return bool(get('bgr_to_rgb') or get('to_rgb') or get('_channel_conversion'))
 
 
-def _is_plan_router(spec: Mapping) -> bool:
+def is_plan_router(spec: Mapping) -> bool:
+    """Whether a MoE spec is routed by a plan, whatever scope its type is written with."""
     router = spec.get('router')
     kind = router.get('type') if isinstance(router, Mapping) else None
     return str(getattr(kind, '__name__', kind)).rpartition('.')[2] == 'PlanRouter'
@@ -360,7 +363,7 @@ def _is_plan_router(spec: Mapping) -> bool:
 
 def _with_plan(spec: Mapping, plan: Any) -> Mapping:
     """The spec with the model's plan where its ``PlanRouter`` names none."""
-    if not _is_plan_router(spec) or spec['router'].get('plan') is not None:
+    if not is_plan_router(spec) or spec['router'].get('plan') is not None:
         return spec
     if plan is None:
         raise ValueError(
@@ -371,7 +374,7 @@ def _with_plan(spec: Mapping, plan: Any) -> Mapping:
 
 
 def _plan_of(spec: Mapping) -> Any:
-    return spec['router'].get('plan') if _is_plan_router(spec) else None
+    return spec['router'].get('plan') if is_plan_router(spec) else None
 
 
 def _prototypes(plans: Sequence[Any]) -> Mapping | None:

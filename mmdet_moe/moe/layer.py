@@ -335,8 +335,7 @@ def expand_dense_keys(layer: MoELayer, state_dict: dict[str, Any], prefix: str) 
     own = tuple(f'{prefix}{child}.' for child in OWN_CHILDREN)
     below = [key for key in state_dict if key.startswith(prefix)]
     found = {key[len(own[0]) :].partition('.')[0] for key in below if key.startswith(own[0])}
-    extra = sorted(found - {str(e) for e in range(layer.num_experts)})
-    if extra:
+    if found and found != {str(e) for e in range(layer.num_experts)}:
         raise ValueError(
             f'the checkpoint has experts {sorted(found)} at {prefix.rstrip(".")!r}, the model '
             f'{layer.num_experts} experts'

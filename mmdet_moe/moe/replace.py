@@ -95,15 +95,20 @@ def replace_modules(
     return [place.name for place in places]
 
 
-def check_datasets(model: nn.Module, domains: Sequence[str]) -> None:
+def check_datasets(model: nn.Module, domains: Sequence[str], held_out: bool = False) -> None:
     """Let every router of ``model`` refuse data it was not made for.
+
+    Args:
+        model: A model with MoE layers.
+        domains: The data's domains.
+        held_out: Let the data have domains that a plan has not: those that are held out.
 
     Raises:
         ValueError: A plan's datasets are not ``domains``; both sides are listed.
     """
     for name, layer in moe_layers(model).items():
         try:
-            layer.router.check_datasets(domains)
+            layer.router.check_datasets(domains, held_out)
         except ValueError as error:
             raise ValueError(f'{name}: {error}') from None
 

@@ -71,3 +71,25 @@ def test_each_moved_dataset_is_listed_once_whatever_the_number_of_layers():
     before = {'a': {'x': {'e0': 1.0}}, 'b': {'x': {'e0': 1.0}}}
     after = {'a': {'x': {'e1': 1.0}}, 'b': {'x': {'e1': 1.0}}}
     assert moved_datasets(before, after) == ['x: e0 -> e1']
+
+
+def training_on(domains: list, model: nn.Module) -> SimpleNamespace:
+    dataset = SimpleNamespace(metainfo=dict(domains=tuple(domains)))
+    loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=dataset))
+    return SimpleNamespace(model=model, train_loop=loop)
+
+
+def test_training_starts_on_the_plans_datasets_and_no_others():
+    PlanHook().before_train(training_on(['hituav', 'bccd', 'cheetah'], planned_model(PLAN)))
+    with pytest.raises(ValueError, match=r"only in the data: \['voc'\]; only in the plan") as error:
+        PlanHook().before_train(training_on(['bccd', 'cheetah', 'voc'], planned_model(PLAN)))
+    assert 'hituav' in str(error.value)
+
+
+def test_training_on_a_part_of_the_plan_must_be_asked_for():
+    some = training_on(['bccd', 'cheetah'], planned_model(PLAN))
+    with pytest.raises(ValueError, match=r"only in the plan: \['hituav'\]"):
+        PlanHook().before_train(some)
+    PlanHook(subset=True).before_train(some)
+    with pytest.raises(ValueError, match=r"only in the data: \['voc'\]"):
+        PlanHook(subset=True).before_train(training_on(['bccd', 'voc'], planned_model(PLAN)))

@@ -184,6 +184,12 @@ def test_another_number_of_experts_is_an_error():
     four, _ = moe(Net(), router=plan_router(dict(ONE_EACH, d='e3')))
     with pytest.raises(ValueError, match=r"has experts \['0', '1', '2', '3'\] at 'conv', the mod"):
         model.load_state_dict(four.state_dict())
+    # Fewer too: the experts left over would silently keep their initialisation.
+    for load in (load_torch, load_mmengine):
+        with pytest.raises(
+            ValueError, match=r"has experts \['0', '1', '2'\] at 'conv', the model 4"
+        ):
+            load(four, model.state_dict())
 
 
 def test_missing_keys_are_still_reported():

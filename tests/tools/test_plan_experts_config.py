@@ -421,3 +421,14 @@ def test_on_real_images_alike_domains_share_and_new_images_find_their_domain(tmp
         tensors = [torch.from_numpy(x.copy()).permute(2, 0, 1) for x in images]
         right += ((embedder.embed(tensors) @ means.T).argmax(1) == i).tolist()
     assert np.mean(right) >= 0.95
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_no_plan(root, capsys):
+    code = _run(_config(root, list(LOOKS)), picture=str(root / 'plan.nonsense'))
+    _one_line(capsys, code, 'nonsense')
+    assert not (root / 'plan.json').exists()
+
+
+def test_a_misspelt_embedder_setting_is_one_line(root, capsys):
+    extra = "planner['embedder'] = dict(type='FrozenEmbedder', sizze=64)"
+    _one_line(capsys, _run(_config(root, list(LOOKS), extra)), 'sizze')

@@ -7,7 +7,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
-from mmdet_moe.moe import PlanRouter, moe_layers
+from mmdet_moe.moe import PlanRouter, check_datasets, moe_layers
 from mmdet_moe.registry import HOOKS
 
 #: Where a checkpoint keeps it: ``checkpoint['meta'][KEY]``.
@@ -16,14 +16,39 @@ KEY = 'moe_assignment'
 
 @HOOKS.register_module()
 class PlanHook(Hook):
-    """Keep the plan's map in the checkpoint, and say so when another plan meets the weights.
+    """Refuse a plan that was not made for the data, and a silent change of plan.
+
+    Training starts only if the plan's datasets are those of the training data; the error lists
+    both. And the checkpoint keeps the plan's map, to say so when another plan meets the weights:
 
     The plan is a file beside the config, the experts' weights are in the checkpoint. If the file
     is made anew after training, a dataset may be sent to an expert that never saw it, and nothing
     but the metrics would tell. With this hook a checkpoint carries ``dataset -> experts`` of each
     MoE layer, and loading it under a plan that says otherwise is a warning that names the datasets.
     It is no error: planning again and training on from there is what one does with a newcomer.
+
+    Args:
+        subset: Let the plan have datasets that the training data has not, for training a part of
+            the domains only.
     """
+
+    def __init__(self, subset: bool = False) -> None:
+        self.subset = subset
+
+    def before_train(self, runner: Runner) -> None:
+        """Compare the plan's datasets with the training data's domains.
+
+        Raises:
+            ValueError: They differ; both sides are listed.
+        """
+        meta = getattr(runner.train_loop.dataloader.dataset, 'metainfo', None) or {}
+        if 'domains' not in meta:
+            return
+        domains = list(meta['domains'])
+        if self.subset:
+            planned = plan_assignment(_model(runner)).values()
+            domains += [name for layer in planned for name in layer]
+        check_datasets(_model(runner), domains)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Write the map into the checkpoint's meta."""

@@ -68,7 +68,8 @@ class UpcycleHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Load the experts' own checkpoints, unless this run is resumed."""
-        if not self.experts or runner._resume:
+        # `--resume` where there is nothing to resume from yet is a first start.
+        if not self.experts or (runner._resume and runner.iter > 0):
             return
         model = _model(runner)
         space = getattr(model, 'label_space', None)

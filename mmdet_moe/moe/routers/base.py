@@ -52,5 +52,5 @@ class Router(nn.Module):
         """Initialise the parameters. Also called after the model's own ``init_weights``, which
         initialises whatever it finds."""
 
-    def check_datasets(self, domains: Sequence[str]) -> None:
+    def check_datasets(self, domains: Sequence[str], held_out: bool = False) -> None:
         """Refuse data this router was not made for; anything goes here."""

@@ -101,14 +101,18 @@ class PlanRouter(Router):
     def keeps_dense_function(self) -> bool:
         return True
 
-    def check_datasets(self, domains: Sequence[str]) -> None:
+    def check_datasets(self, domains: Sequence[str], held_out: bool = False) -> None:
         """Refuse data whose domains are not the plan's datasets.
+
+        Args:
+            domains: The data's domains.
+            held_out: Let the data have domains that the plan has not.
 
         Raises:
             ValueError: One error that lists both sides.
         """
         ours, theirs = set(self.datasets), set(domains)
-        if ours == theirs:
+        if ours == theirs or (held_out and ours < theirs):
             return
         parts = [f'the plan ({self.source}) and the data do not have the same datasets']
         if theirs - ours:
