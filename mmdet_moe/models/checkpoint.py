@@ -109,8 +109,8 @@ def fit_checkpoint(
         report.rows.append(key)
     if state_dict and not matched:
         raise CheckpointError(
-            f'the checkpoint has no parameter of the model; it has {list(state_dict)[:3]}, the model '
-            f'{list(own)[:3]}'
+            f'the checkpoint has no parameter of the model; it has {list(state_dict)[:3]}, the '
+            f'model {list(own)[:3]}'
         )
     if wrong:
         raise CheckpointError(
