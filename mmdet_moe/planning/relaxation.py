@@ -211,10 +211,23 @@ def solve_arrays(
 def solve_priced(instance: Instance, clock: Clock | None = None) -> Relaxation:
     """A large relaxation without groups, by smoothed duals and column generation."""
     from mmdet_moe.planning.pricing import solve_transport_lp
+    from mmdet_moe.planning.repair import construct
 
+    m, n = instance.shape
+    none = np.zeros((0, n))
+    # where everyone can have what it likes best, prices of zero prove it; with many ties this is
+    # common, and it is the case that column generation finds hardest
+    free = np.where(instance.allowed, instance.worth, -np.inf)
+    chosen = construct(instance, free)
+    if instance.is_strict(chosen) and chosen is not None:
+        best = lagrangian_bound(instance, free, np.zeros(n))
+        if best - instance.value(chosen) <= 1e-12 * m:
+            rows, columns = np.nonzero(chosen)
+            ones = np.ones(len(rows))
+            return _finish(instance, rows, columns, ones, np.zeros(n), none, 'pricing')
     same = (instance.demand == instance.demand[:, :1]).all()
     answer = solve_transport_lp(
-        np.where(instance.allowed, instance.worth, -np.inf),
+        free,
         instance.demand[:, 0] if same else instance.demand,
         instance.capacity,
         instance.copies,
@@ -226,7 +239,6 @@ def solve_priced(instance: Instance, clock: Clock | None = None) -> Relaxation:
         clock.struck = True
     x = sparse.coo_matrix(answer.x)
     price = np.asarray(answer.capacity_duals) - np.asarray(answer.floor_duals)
-    none = np.zeros((0, instance.shape[1]))
     return _finish(instance, x.row, x.col, x.data, price, none, 'pricing')
 
 

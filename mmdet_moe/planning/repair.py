@@ -403,7 +403,8 @@ def construct(instance: Instance, reduced: np.ndarray) -> np.ndarray | None:
     m, n = instance.shape
     room = instance.room.copy()
     chosen = np.zeros((m, n), dtype=bool)
-    size = (instance.demand / capacity_scale(instance)).max(axis=1)
+    scale = capacity_scale(instance)
+    size = (instance.demand / scale).max(axis=1)
     groups_of: dict[int, list[np.ndarray]] = {}
     for group in instance.groups:
         for i in group.tolist():
@@ -412,7 +413,8 @@ def construct(instance: Instance, reduced: np.ndarray) -> np.ndarray | None:
         fits = instance.demand[i] <= room
         for group in groups_of.get(i, ()):
             fits &= ~chosen[group].any(axis=0)
-        points = np.where(fits, reduced[i], -np.inf)
+        # ties go where there is most room
+        points = np.where(fits, reduced[i] + 1e-9 * room / scale, -np.inf)
         copies = int(instance.copies[i])
         picks = [int(np.argmax(points))] if copies == 1 else np.argsort(-points)[:copies].tolist()
         if not np.isfinite(points[picks]).all():

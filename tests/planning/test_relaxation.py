@@ -111,3 +111,19 @@ def test_tiny_differences_on_an_offset_are_seen():
         chosen = found.x.toarray() > 0.5
         bounds.append(noise[chosen].sum())
     assert bounds[0] == pytest.approx(bounds[1], abs=1e-6)
+
+
+def test_where_all_can_have_what_they_like_no_prices_are_needed():
+    # 4 levels of affinity on 16 experts: everyone has a tied best expert with room
+    rng = np.random.default_rng(0)
+    problem = PlanningProblem(
+        [f'd{i:03d}' for i in range(200)],
+        16,
+        rng.integers(0, 4, size=(200, 16)),
+        rng.lognormal(size=200),
+        capacity=40,
+    )
+    instance = canonical(problem, problem.capacity)
+    found = solve_priced(instance)
+    assert found.bound == 0 and not found.price.any()
+    assert instance.is_strict(found.x.toarray() > 0)
