@@ -69,6 +69,8 @@ def relax(instance: Instance, clock: Clock | None = None) -> Relaxation:
         InfeasibleError: If the relaxation has no solution, so that no map exists.
         NoPlanFoundError: If the clock struck first.
     """
+    if clock is not None and clock.left() <= 0:
+        raise _unsolved(clock)
     columns = int(instance.allowed.sum())
     if columns <= PULP_COLUMNS:
         return solve_pulp(instance, clock)
