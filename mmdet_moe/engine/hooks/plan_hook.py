@@ -3,12 +3,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
 from mmdet_moe.moe import PlanRouter, check_datasets, moe_layers
 from mmdet_moe.registry import HOOKS
+
+from .unwrap import unwrapped_model
 
 #: Where a checkpoint keeps it: ``checkpoint['meta'][KEY]``.
 KEY = 'moe_assignment'
@@ -46,13 +47,13 @@ class PlanHook(Hook):
             return
         domains = list(meta['domains'])
         if self.subset:
-            planned = plan_assignment(_model(runner)).values()
+            planned = plan_assignment(unwrapped_model(runner)).values()
             domains += [name for layer in planned for name in layer]
-        check_datasets(_model(runner), domains)
+        check_datasets(unwrapped_model(runner), domains)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Write the map into the checkpoint's meta."""
-        assignment = plan_assignment(_model(runner))
+        assignment = plan_assignment(unwrapped_model(runner))
         if assignment:
             checkpoint.setdefault('meta', {})[KEY] = assignment
 
@@ -61,7 +62,7 @@ class PlanHook(Hook):
         trained = (checkpoint.get('meta') or {}).get(KEY)
         if not trained:
             return
-        moved = moved_datasets(trained, plan_assignment(_model(runner)))
+        moved = moved_datasets(trained, plan_assignment(unwrapped_model(runner)))
         if moved:
             runner.logger.warning(
                 'PlanHook: the checkpoint was trained with another plan. Datasets whose experts '
@@ -94,7 +95,3 @@ def moved_datasets(trained: Mapping, now: Mapping) -> list[str]:
             if before != after:
                 moved[dataset] = f'{dataset}: {"+".join(before)} -> {"+".join(after)}'
     return [moved[dataset] for dataset in sorted(moved)]
-
-
-def _model(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import CheckpointLoader, Runner
 
 from mmdet_moe.models.checkpoint import (
@@ -15,6 +14,8 @@ from mmdet_moe.models.checkpoint import (
 )
 from mmdet_moe.moe import upcycle_from_checkpoints
 from mmdet_moe.registry import HOOKS
+
+from .unwrap import unwrapped_model
 
 
 @HOOKS.register_module()
@@ -51,7 +52,9 @@ class UpcycleHook(Hook):
         if runner._resume:
             return
         weights = checkpoint_weights(checkpoint)
-        fitted, report = fit_checkpoint(_model(runner), weights, checkpoint_classes(checkpoint))
+        fitted, report = fit_checkpoint(
+            unwrapped_model(runner), weights, checkpoint_classes(checkpoint)
+        )
         if weights is checkpoint:
             checkpoint.clear()
             checkpoint.update(fitted)
@@ -62,7 +65,7 @@ class UpcycleHook(Hook):
         if report.reinitialised:
             runner.logger.warning(
                 f'UpcycleHook: the checkpoint has no rows for {len(report.reinitialised)} of '
-                f'{len(_model(runner).label_space.classes)} classes; untrained: '
+                f'{len(unwrapped_model(runner).label_space.classes)} classes; untrained: '
                 f'{report.reinitialised}'
             )
 
@@ -71,7 +74,7 @@ class UpcycleHook(Hook):
         # `--resume` where there is nothing to resume from yet is a first start.
         if not self.experts or (runner._resume and runner.iter > 0):
             return
-        model = _model(runner)
+        model = unwrapped_model(runner)
         space = getattr(model, 'label_space', None)
         states: dict[str, Any] = {}
         rows: list[tuple] = []
@@ -91,7 +94,3 @@ class UpcycleHook(Hook):
             runner.logger.info(
                 f'UpcycleHook: expert {expert} of {len(report)} layers starts from {keys}'
             )
-
-
-def _model(runner: Runner) -> Any:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
