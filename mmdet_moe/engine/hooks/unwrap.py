@@ -7,7 +7,7 @@ from mmengine.runner import Runner
 
 
 def unwrapped_model(runner: Runner) -> Any:
-    """The runner's model as checkpoints see it: without DDP's or test-time augmentation's wrapper."""
+    """The runner's model as checkpoints see it, without DDP's or augmentation's wrapper."""
     model = runner.model
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
