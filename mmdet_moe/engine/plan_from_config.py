@@ -48,7 +48,7 @@ from mmdet_moe.planning.affinity import (
     match_experts,
     prototype_affinity,
 )
-from mmdet_moe.planning.table import plan_table, summary_line
+from mmdet_moe.planning.table import plan_table, summary_line, text_table
 from mmdet_moe.registry import DATASETS, MODELS
 from mmdet_moe.visualization import draw_plan
 
@@ -573,11 +573,7 @@ def _line(error: BaseException) -> str:
 def data_table(planned: PlannedDatasets) -> str:
     """What the plan was made from: images, boxes and embedded images of every dataset."""
     rows = [
-        (name, planned.images[name], planned.instances[name], planned.embedded[name])
+        (name, *(str(of[name]) for of in (planned.images, planned.instances, planned.embedded)))
         for name in planned.plan.datasets
     ]
-    width = max(len('dataset'), *(len(row[0]) for row in rows))
-    lines = [f'{"dataset":{width}}  {"images":>8}  {"boxes":>8}  {"embedded":>8}']
-    lines.append('  '.join(['-' * width, *['-' * 8] * 3]))
-    lines += [f'{a:{width}}  {b:8}  {c:8}  {d:8}' for a, b, c, d in rows]
-    return '\n'.join(lines)
+    return text_table(('dataset', 'images', 'boxes', 'embedded'), rows)

@@ -48,7 +48,7 @@ def plan_table(plan: ExpertPlan, rows: int = 200) -> str:
         worth = ', '.join(f'{plan.affinity[i, j]:.4g}' for j in columns)
         note = '' if best in weights else f'would like {best}'
         shown.append((name, ', '.join(served), demand, worth, note))
-    parts = [_table(('dataset', 'experts', 'demand', 'affinity', ''), shown)]
+    parts = [text_table(('dataset', 'experts', 'demand', 'affinity', ''), shown)]
     if len(plan.datasets) > rows:
         parts.append(f'... and {len(plan.datasets) - rows} more datasets')
     members: dict[str, list[str]] = {expert: [] for expert in plan.experts}
@@ -63,7 +63,7 @@ def plan_table(plan: ExpertPlan, rows: int = 200) -> str:
         share = f'{load / capacity:.0%}' if capacity > 0 else '-'
         price = f'{proof["duals"][j]:.3g}'
         experts.append((expert, f'{load:.6g}', f'{capacity:.6g}', share, price, listed or '(idle)'))
-    parts.append(_table(('expert', 'load', 'capacity', '', 'price', 'datasets'), experts))
+    parts.append(text_table(('expert', 'load', 'capacity', '', 'price', 'datasets'), experts))
     if proof['moves']:
         moves = [
             (
@@ -74,12 +74,13 @@ def plan_table(plan: ExpertPlan, rows: int = 200) -> str:
             )
             for move in proof['moves']
         ]
-        parts.append(_table(('moved', 'from', 'to', 'gain'), moves))
+        parts.append(text_table(('moved', 'from', 'to', 'gain'), moves))
     parts.append(summary_line(plan))
     return '\n\n'.join(parts)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """``rows`` under ``head`` in aligned columns, without a trailing newline."""
     widths = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]
     lines = [head, ['-' * width for width in widths], *rows]
     return '\n'.join(
