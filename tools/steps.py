@@ -162,7 +162,8 @@ def progress(line: str) -> str | None:
 def source_digest() -> str:
     """Hash of all code and configs that a job's result depends on."""
     digest = hashlib.sha256()
-    files = [*(ROOT / 'mmdet_moe').rglob('*.py'), *(ROOT / 'configs').rglob('*.py')]
+    folders = [ROOT / name for name in ('mmdet_moe', 'configs', 'tools')]
+    files = [path for folder in folders for path in folder.rglob('*.py')]
     files += (ROOT / 'requirements').glob('pinned*.txt')
     for path in sorted(files):
         if '.mim' not in path.parts:

@@ -25,7 +25,12 @@ from mmdet_moe.moe.targets import (
     register_target,
     register_unsafe,
 )
-from mmdet_moe.moe.upcycle import upcycle_, upcycle_from_checkpoints
+from mmdet_moe.moe.upcycle import (
+    spread_first_expert_,
+    spread_optimizer_state_,
+    upcycle_,
+    upcycle_from_checkpoints,
+)
 
 __all__ = [
     'BALANCE',
@@ -54,6 +59,8 @@ __all__ = [
     'register_unsafe',
     'replace_modules',
     'run_experts',
+    'spread_first_expert_',
+    'spread_optimizer_state_',
     'upcycle_',
     'upcycle_from_checkpoints',
 ]

@@ -42,6 +42,8 @@ class RoutingState:
     """
 
     def __init__(self) -> None:
+        #: While training, let every layer run its first expert alone: the dense module.
+        self.dense = False
         self._clear()
 
     def _clear(self) -> None:

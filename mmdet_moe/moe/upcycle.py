@@ -9,6 +9,7 @@ experts: :func:`upcycle_from_checkpoints`.
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -42,7 +43,25 @@ def upcycle_(model: nn.Module, noise: float | None = None, seed: int | None = No
         Names of the layers.
     """
     layers = moe_layers(model)
+    spread_first_expert_(model, noise, seed)
     for name, layer in layers.items():
+        layer_seed = layer.noise_seed if seed is None else seed
+        devices = {p.device for p in layer.router.parameters() if p.device.type == 'cuda'}
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            torch.manual_seed(zlib.crc32(f'{layer_seed}:router:{name}'.encode()))
+            layer.router.reset_parameters()
+    return list(layers)
+
+
+@torch.no_grad()
+def spread_first_expert_(
+    model: nn.Module, noise: float | None = None, seed: int | None = None
+) -> None:
+    """Make every expert of ``model`` the copy of its layer's first; routers stay as they are.
+
+    Arguments as :func:`upcycle_`'s.
+    """
+    for layer in moe_layers(model).values():
         share = layer.noise if noise is None else noise
         layer_seed = layer.noise_seed if seed is None else seed
         source = {key: value.clone() for key, value in _tensors(layer.experts[0]).items()}
@@ -53,11 +72,22 @@ def upcycle_(model: nn.Module, noise: float | None = None, seed: int | None = No
                 if share and key in parameters:
                     new = disturbed(new, share, layer_seed, f'{layer.name}.{e}.{key}')
                 value.copy_(new)
-        devices = {p.device for p in layer.router.parameters() if p.device.type == 'cuda'}
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
-            torch.manual_seed(zlib.crc32(f'{layer_seed}:router:{name}'.encode()))
-            layer.router.reset_parameters()
-    return list(layers)
+
+
+@torch.no_grad()
+def spread_optimizer_state_(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give the parameters of every expert the optimiser's state of the first expert's.
+
+    Experts that were born as copies of the first then go on with its momentum and its step count,
+    as the dense module would have.
+    """
+    for layer in moe_layers(model).values():
+        first = dict(layer.experts[0].named_parameters())
+        for expert in list(layer.experts)[1:]:
+            for key, parameter in expert.named_parameters():
+                known = optimizer.state.get(first[key])
+                if known and parameter is not first[key]:
+                    optimizer.state[parameter] = copy.deepcopy(known)
 
 
 @torch.no_grad()

@@ -186,3 +186,11 @@ def test_a_run_without_a_config_gets_a_note(tool, tmp_path, capsys):
     file = result(tmp_path, 'a.json', {'ink': 0.6})
     assert tool.main([f'a={file}', '--metrics', 'coco/bbox_mAP']) == 0
     assert f'- a: no config for {file}: give --config a=FILE' in capsys.readouterr().out
+
+
+def test_a_seed_without_a_value_keeps_the_other_values_with_their_own_seed(tool, tmp_path, capsys):
+    result(tmp_path, 'a0.json', {'ink': -1.0, 'heat': 0.1})
+    result(tmp_path, 'a1.json', {'ink': 0.5, 'heat': 0.3})
+    code, text, _ = run(tool, capsys, f'a={tmp_path}/*.json')
+    # Means by seed: .1, and (.5 + .3) / 2 = .4; of both .25, deviations .15: sqrt(.045) = .212.
+    assert cells(text)[-1] == ['**mean**', '**0.250 ± 0.212**']

@@ -34,6 +34,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to run from a clone, uninstalled
+
 MACRO = 'macro'
 
 
@@ -158,21 +160,20 @@ class Run:
     def cells(self, metric: str) -> dict[str, Cell]:
         """Domain (and ``'macro'``) -> values; empty if no result has the metric."""
         values: dict[str, list[float]] = {}
+        means = []
         for result in self.results:
-            for domain in result.domains(metric):
-                value = result.metrics[f'{domain}/{metric}']
-                # -1 and nan: the domain has no ground truth.
-                if math.isfinite(value) and value != -1:
-                    values.setdefault(domain, []).append(value)
+            found = {name: result.metrics[f'{name}/{metric}'] for name in result.domains(metric)}
+            # -1 and nan: the domain has no ground truth.
+            found = {k: v for k, v in found.items() if math.isfinite(v) and v != -1}
+            for domain, value in found.items():
+                values.setdefault(domain, []).append(value)
+            if found:
+                means.append(statistics.fmean(found.values()))
         cells = {domain: Cell(items) for domain, items in values.items()}
         if not cells:
             return {}
         covered = [set(result.domains(metric)) for result in self.results]
         if all(domains == covered[0] for domains in covered):
-            means = [
-                statistics.fmean(cell.values[seed] for cell in cells.values())
-                for seed in range(min(len(cell.values) for cell in cells.values()))
-            ]
             cells[MACRO] = Cell(means)
         else:
             cells[MACRO] = Cell([statistics.fmean(c.mean for c in cells.values())], spread=False)

@@ -1,7 +1,8 @@
 """Hooks."""
 
+from mmdet_moe.engine.hooks.dense_warmup_hook import DenseWarmupHook
 from mmdet_moe.engine.hooks.plan_hook import PlanHook
 from mmdet_moe.engine.hooks.random_state_hook import RandomStateHook
 from mmdet_moe.engine.hooks.upcycle_hook import UpcycleHook
 
-__all__ = ['PlanHook', 'RandomStateHook', 'UpcycleHook']
+__all__ = ['DenseWarmupHook', 'PlanHook', 'RandomStateHook', 'UpcycleHook']
