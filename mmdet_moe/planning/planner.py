@@ -87,7 +87,11 @@ def plan_experts(
     for capacity, last in default_capacities(problem):
         try:
             problem.check_possible(capacity)
-            return _plan(problem, capacity, clock, exact, seed, rounding, say)
+            # Within the limits first: a proof that a capacity is too tight may take all the time.
+            plan = _plan(problem, capacity, clock, False, seed, rounding, say)
+            if exact and not plan.certificate['optimal'] and clock.left() > 0:
+                plan = _plan(problem, capacity, clock, True, seed, rounding, say)
+            return plan
         except (InfeasibleError, NoPlanFoundError) as error:
             if last or clock.left() <= 0:
                 raise

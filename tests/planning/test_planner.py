@@ -171,6 +171,14 @@ def test_medium_problems_are_proven_optimal():
         assert plan.certificate['optimal']
 
 
+def test_exact_without_a_capacity_spends_its_time_on_the_first_that_holds():
+    # 9.1 over 2 experts: 4.55. Three rows of 3 and more need an expert of 6: 1.35 x 4.55 = 6.1425.
+    problem = PlanningProblem(list('abc'), 2, [[1, 0], [1, 0], [0, 1]], [3, 3, 3.1])
+    plan = plan_experts(problem, exact=True, time_limit=60)
+    assert plan.certificate['optimal']
+    assert plan.capacity == pytest.approx([6.1425, 6.1425])
+
+
 def test_exact_proves_or_says_it_could_not():
     problem = lognormal(60, 45, 0)
     plan = plan_experts(problem, exact=True, time_limit=60)

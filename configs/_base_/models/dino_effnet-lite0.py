@@ -10,8 +10,9 @@ model = dict(
     num_feature_levels=3,
     data_preprocessor=dict(
         type='DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
+        # What EfficientNet-Lite was trained with; ImageNet's usual numbers double its inputs.
+        mean=[127.0, 127.0, 127.0],
+        std=[128.0, 128.0, 128.0],
         bgr_to_rgb=True,
         pad_size_divisor=1,
     ),
@@ -20,6 +21,7 @@ model = dict(
         arch='lite0',
         out_indices=(2, 3, 4),
         norm_eval=True,
+        channels_last=True,
         init_cfg=dict(type='EfficientNetLitePretrained'),
     ),
     neck=dict(

@@ -1,12 +1,13 @@
 # RetinaNet on EfficientNet-Lite0 for 2 CPU cores: 128 channels, 2 + 2 head convolutions, strides
-# 8 to 64. The number of classes follows from the label space.
+# 8 to 64, group norm (without it a short training learns half as fast). The number of classes follows from the label space.
 model = dict(
     type='MoERetinaNet',
     _scope_='mmdet_moe',
     data_preprocessor=dict(
         type='DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
+        # What EfficientNet-Lite was trained with; ImageNet's usual numbers double its inputs.
+        mean=[127.0, 127.0, 127.0],
+        std=[128.0, 128.0, 128.0],
         bgr_to_rgb=True,
         pad_size_divisor=32,
     ),
@@ -15,12 +16,14 @@ model = dict(
         arch='lite0',
         out_indices=(2, 3, 4),
         norm_eval=True,
+        channels_last=True,
         init_cfg=dict(type='EfficientNetLitePretrained'),
     ),
     neck=dict(
         type='FPN',
         in_channels=[40, 112, 320],
         out_channels=128,
+        norm_cfg=dict(type='GN', num_groups=16),
         add_extra_convs='on_output',
         num_outs=4,
     ),
@@ -29,6 +32,7 @@ model = dict(
         in_channels=128,
         feat_channels=128,
         stacked_convs=2,
+        norm_cfg=dict(type='GN', num_groups=16),
         anchor_generator=dict(
             type='AnchorGenerator',
             octave_base_scale=3,

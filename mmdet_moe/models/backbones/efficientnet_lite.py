@@ -174,7 +174,7 @@ class EfficientNetLite(BaseModule):
     <https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite>`_. The
     network is exactly the original one (TensorFlow's asymmetric padding, batch norm with momentum
     0.01 and epsilon 1e-3), so its ImageNet weights apply unchanged. Input: RGB, normalised with
-    mean (123.675, 116.28, 103.53) and standard deviation (58.395, 57.12, 57.375).
+    mean 127 and standard deviation 128 in every channel.
 
     ======  =======================================  ======  ==========================
     level   module                                   stride  channels (lite0, 1; lite2)
