@@ -35,7 +35,8 @@ def test_real_images_are_planned_trained_on_and_scored_per_domain(tmp_path, monk
     loads = plan.certificate['loads']
     assert all(load <= capacity for load, capacity in zip(loads, plan.capacity, strict=True))
 
-    # Train 20 steps, 10 of them dense, then test on 6 images of each domain; at 192 px, for the time it takes.
+    # Train 20 steps, 10 of them dense, then test on 6 images of each domain; at 192 px, for
+    # the time it takes.
     cfg = Config.fromfile(str(CONFIG), format_python_code=False)
     cfg.work_dir = str(tmp_path / 'run')
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=20, val_interval=100)

@@ -27,6 +27,8 @@ DEFAULT_BACKBONE = {
     'init_cfg': {'type': 'EfficientNetLitePretrained'},
 }
 POOLS = ('gap', 'cls')
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
 CHANNEL_ORDERS = ('rgb', 'bgr')
 
 
@@ -47,8 +49,9 @@ class FrozenEmbedder(nn.Module):
             package can build as a backbone, its weights by its own ``init_cfg``. Default:
             EfficientNet-Lite0 with its registry weights.
         size: Side of the square the backbone sees, in pixels.
-        mean: Mean per channel that is subtracted, in the backbone's channel order, for 0..255.
-        std: Standard deviation per channel, likewise.
+        mean: Mean per channel that is subtracted, in the backbone's channel order, for 0..255. By
+            default the backbone's ``pixel_mean`` (EfficientNet-Lite has 127), else ImageNet's.
+        std: Standard deviation per channel, likewise; ``pixel_std`` (EfficientNet-Lite: 128).
         channel_order: 'rgb' or 'bgr': what the backbone was trained with. Images are given as RGB
             either way.
         pool: 'gap' averages a feature map (B, C, H, W) over its positions or tokens (B, T, C) over
@@ -71,8 +74,8 @@ class FrozenEmbedder(nn.Module):
         self,
         backbone: Mapping[str, Any] | None = None,
         size: int = 224,
-        mean: Sequence[float] = (123.675, 116.28, 103.53),
-        std: Sequence[float] = (58.395, 57.12, 57.375),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         channel_order: str = 'rgb',
         pool: str = 'gap',
         level: int = -1,
@@ -90,14 +93,18 @@ class FrozenEmbedder(nn.Module):
         for name, value in (('size', size), ('batch_size', batch_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f'FrozenEmbedder: {name} must be a whole number >= 1: {value!r}')
+        backbone = copy.deepcopy(dict(DEFAULT_BACKBONE if backbone is None else backbone))
+        plain = _plain(backbone)
+        built = _build(backbone)
+        mean = getattr(built, 'pixel_mean', IMAGENET_MEAN) if mean is None else mean
+        std = getattr(built, 'pixel_std', IMAGENET_STD) if std is None else std
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(
                 'FrozenEmbedder: mean and std need 3 numbers each, std positive; '
                 f'got {tuple(mean)} and {tuple(std)}'
             )
-        backbone = copy.deepcopy(dict(DEFAULT_BACKBONE if backbone is None else backbone))
         self._cfg = {
-            'backbone': _plain(backbone),
+            'backbone': plain,
             'size': size,
             'mean': [float(v) for v in mean],
             'std': [float(v) for v in std],
@@ -113,7 +120,7 @@ class FrozenEmbedder(nn.Module):
         self.batch_size = batch_size
         self.register_buffer('mean', torch.tensor(self._cfg['mean']).view(1, 3, 1, 1))
         self.register_buffer('std', torch.tensor(self._cfg['std']).view(1, 3, 1, 1))
-        self.backbone = _build(backbone)
+        self.backbone = built
         self.requires_grad_(False)
         self.eval()
         if fingerprint is not None and fingerprint != self.fingerprint():

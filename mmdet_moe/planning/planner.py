@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,10 @@ TIME_LIMIT = 120.0
 #: Kicks of the local search: many where one takes milliseconds and the integer programme cannot
 #: be solved whole, few where it can or where each takes long. By number of columns.
 KICKS = ((WHOLE_COLUMNS, 100), (20_000, 300), (100_000, 20))
+#: Among equal maps the one with fewest moves is found by a penalty of this share of the spread,
+#: and maps are equal if their scaled worths are this close (the rounding of a float sum).
+TIE_PENALTY = 1e-5
+TOLERANCE_OF_TIES = 1e-12
 ROUNDINGS = ('hierarchical', 'printed')
 
 
@@ -172,7 +177,35 @@ def _plan(
             f'no map found within {why}, and none proven impossible; more capacity, a longer '
             '--time-limit or --exact may help'
         )
+    result.chosen = _fewest_moves(problem, capacity, instance, result.chosen, seed, clock, say)
     return _certified(problem, capacity, instance, relaxation, result, method, seed, clock)
+
+
+def _fewest_moves(
+    problem: PlanningProblem,
+    capacity: np.ndarray,
+    instance: Instance,
+    chosen: np.ndarray,
+    seed: int,
+    clock: Clock,
+    say: Callable[[str], None],
+) -> np.ndarray:
+    """Where moves cost nothing, the map of equal worth that keeps most datasets where they were.
+
+    Plans once more with a penalty far below any difference that matters, and takes that map only
+    if it is worth as much.
+    """
+    if problem.move_penalty or not moves_of(problem, _by_name(problem, instance, chosen)):
+        return chosen
+    say('among equal maps, the one with fewest moves')
+    penalised = replace(problem, move_penalty=TIE_PENALTY * instance.spread)
+    other = canonical(penalised, capacity)
+    relaxation = relax(other, clock)
+    start, near, _ = _rounded(other, relaxation, seed, clock, say)
+    found = polish(other, relaxation, start, exact=False, clock=clock, seed=seed, near=near).chosen
+    if found is None or instance.value(found) < instance.value(chosen) - TOLERANCE_OF_TIES:
+        return chosen
+    return found if other.value(found) > other.value(chosen) else chosen
 
 
 def _rounded(
@@ -228,6 +261,14 @@ def _printed(instance: Instance, relaxation: Relaxation, clock: Clock) -> tuple[
     return Polished(chosen, relaxation.bound, False, 'optimal' if proven else 'nodes'), method
 
 
+def _by_name(problem: PlanningProblem, instance: Instance, chosen: np.ndarray) -> np.ndarray:
+    """A map (rows, experts) of the instance as one of the problem's datasets and experts."""
+    rows = {name: i for i, members in enumerate(instance.rows) for name in members}
+    column = {expert: j for j, expert in enumerate(instance.experts)}
+    order = [rows[name] for name in problem.datasets]
+    return chosen[np.ix_(order, [column[expert] for expert in problem.experts])]
+
+
 def _certified(
     problem: PlanningProblem,
     capacity: np.ndarray,
@@ -241,9 +282,8 @@ def _certified(
     assert result.chosen is not None
     rows = {name: i for i, members in enumerate(instance.rows) for name in members}
     column = {expert: j for j, expert in enumerate(instance.experts)}
-    order = [rows[name] for name in problem.datasets]
     experts = [column[expert] for expert in problem.experts]
-    chosen = result.chosen[np.ix_(order, experts)]
+    chosen = _by_name(problem, instance, result.chosen)
     value, cost = worth_of(problem, chosen)
     loads = exact_loads(chosen, problem.demand)
     _recheck(problem, capacity, chosen, loads)

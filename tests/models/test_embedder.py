@@ -38,11 +38,19 @@ def test_one_unit_vector_per_image_whatever_the_sizes(embedder):
 
 def test_embedding_is_the_pooled_normalised_feature(embedder):
     (image,) = _images((32, 32))  # no resize to repeat here
-    mean = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
-    std = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
     with torch.no_grad():
-        feature = embedder.backbone(((image - mean) / std)[None])[0].mean((2, 3))
+        # What EfficientNet-Lite was trained with.
+        feature = embedder.backbone(((image - 127.0) / 128.0)[None])[0].mean((2, 3))
     torch.testing.assert_close(embedder.embed([image]), F.normalize(feature, dim=1))
+
+
+def test_pixels_are_normalised_as_the_backbone_was_trained():
+    assert FrozenEmbedder(SMALL, size=32).to_dict()['std'] == [128.0] * 3
+    assert FrozenEmbedder(SMALL, size=32, std=(1, 2, 3)).to_dict()['std'] == [1.0, 2.0, 3.0]
+    resnet = dict(
+        type='mmdet.ResNet', depth=18, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,)
+    )
+    assert FrozenEmbedder(resnet, size=32).to_dict()['mean'] == [123.675, 116.28, 103.53]
 
 
 def test_batches_do_not_change_embeddings(embedder):

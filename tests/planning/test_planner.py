@@ -278,6 +278,24 @@ def test_a_newcomer_moves_as_little_as_pays_and_every_move_is_reported():
     assert stay.certificate['moves'] == [] and stay.certificate['move_cost'] == 0
 
 
+def test_among_equal_maps_nothing_moves_although_moving_costs_nothing():
+    # Every map of two datasets to an expert is worth 4; two datasets fit on each.
+    names = ['a', 'b', 'c', 'd']
+    for old in ('e0 e1 e0 e1', 'e1 e0 e0 e1', 'e1 e1 e0 e0'):
+        previous = ExpertPlan.from_assignment(
+            dict(zip(names, old.split(), strict=True)), experts=['e0', 'e1']
+        )
+        problem = PlanningProblem(names, 2, np.ones((4, 2)), capacity=2, previous=previous)
+        plan = plan_experts(problem)
+        assert plan.certificate['moves'] == [] and plan.certificate['optimal']
+    # c gains by moving to e1, and one of e1's must make room: that is one move more, not three.
+    better = np.ones((4, 2))
+    better[2] = [0, 1]
+    plan = plan_experts(PlanningProblem(names, 2, better, capacity=2, previous=previous))
+    assert plan.certificate['value'] == 4
+    assert len(plan.certificate['moves']) == 2
+
+
 def test_a_lost_expert_moves_its_datasets():
     previous = ExpertPlan.from_assignment({'a': 'old', 'b': 'e0'}, experts=['old', 'e0'])
     problem = PlanningProblem(['a', 'b'], ['e0', 'e1'], [[0, 1], [0, 1]], previous=previous)

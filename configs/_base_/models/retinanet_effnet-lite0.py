@@ -1,5 +1,6 @@
 # RetinaNet on EfficientNet-Lite0 for 2 CPU cores: 128 channels, 2 + 2 head convolutions, strides
-# 8 to 64, group norm (without it a short training learns half as fast). The number of classes follows from the label space.
+# 8 to 64, group norm (without it a short training learns half as fast). The number of classes
+# follows from the label space.
 model = dict(
     type='MoERetinaNet',
     _scope_='mmdet_moe',

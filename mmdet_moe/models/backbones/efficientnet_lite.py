@@ -226,6 +226,9 @@ class EfficientNetLite(BaseModule):
 
     num_stages = 5
     head_level = 5
+    #: What the ImageNet weights were trained with, for pixels in 0..255.
+    pixel_mean = (127.0, 127.0, 127.0)
+    pixel_std = (128.0, 128.0, 128.0)
 
     def __init__(
         self,
