@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar('T', bound=type)
@@ -79,9 +79,18 @@ class Registry:
         return cls(**arguments)
 
 
-def _parameters(cls: Callable[..., Any]) -> list[str]:
+def _parameters(cls: type) -> list[str]:
+    """Names of the arguments ``cls`` takes; where it hands ``**options`` on, its bases' too."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [p.name for p in inspect.signature(cls).parameters.values() if p.kind in kinds]
+    names: dict[str, None] = {}
+    for base in cls.__mro__:
+        if '__init__' not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)['__init__']).parameters.values())[1:]
+        names.update((p.name, None) for p in parameters if p.kind in kinds)
+        if not any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
 
 
 #: Every router, one file each in :mod:`mmdet_moe.moe.routers`.

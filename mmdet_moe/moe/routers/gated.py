@@ -1,0 +1,311 @@
+"""What learned routers have in common: gate, precision, jitter, z-loss, top-k and capacity.
+
+Axes: T items, E experts, k selected per item, d channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdet_moe.moe.routers.base import Router
+from mmdet_moe.moe.routing import Routing, RoutingContext
+
+KINDS = ('linear', 'cosine')
+
+
+class GatedRouter(Router):
+    r"""Base of routers with a gate: subclass it and implement :meth:`route`.
+
+    .. math::
+        \ell &= W_g x && \text{(linear)} \\
+        \ell_e &= \tau \cos(W x + b, v_e), \quad \tau = \exp(\min(t, \ln 100)) && \text{(cosine)}
+
+    Everything from the gate to the weights is computed in float32 (float64 for float64 items),
+    under autocast too: in bfloat16 two close logits are one.
+
+    Args:
+        in_channels: d.
+        num_experts: E.
+        kind: 'linear' or 'cosine'.
+        projection: Width the cosine gate projects to.
+        temperature: Initial t of the cosine gate; tau starts at exp(t). The default is ln 2, so
+            that tau starts at 2.
+        jitter: In training, each number the gate sees is multiplied by a uniform draw from
+            [1 - jitter, 1 + jitter]; the experts see the items as they are.
+        z_loss: Factor of :func:`router_z_loss` (1e-3 in the paper), in the log as
+            ``loss_moe_router_z``.
+
+    Raises:
+        ValueError: At construction for impossible options; in the forward for items of another
+            width than the gate's.
+
+    Source: jitter: Fedus et al. 2022 (Switch Transformer, arXiv 2101.03961), section 2.4 and
+    appendix; float32 router: the same, section 2.4; cosine gate: Chi et al. 2022 (X-MoE, arXiv
+    2204.09179), section 3.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_experts: int,
+        *,
+        kind: str = 'linear',
+        projection: int = 256,
+        temperature: float = math.log(2.0),
+        jitter: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> None:
+        super().__init__(num_experts)
+        if kind not in KINDS:
+            raise self.refusal(f'kind must be one of {KINDS}, got {kind!r}')
+        if not 0 <= jitter < 1:
+            raise self.refusal(f'jitter must be in [0, 1), got {jitter}')
+        if not (math.isfinite(z_loss) and z_loss >= 0):
+            raise self.refusal(f'z_loss must be >= 0, got {z_loss}')
+        self.in_channels = in_channels
+        self.kind = kind
+        self.jitter = jitter
+        self.z_loss = z_loss
+        self.initial_temperature = temperature
+        self.make_gate(projection)
+
+    def refusal(self, message: str) -> ValueError:
+        """An error that names the class."""
+        return ValueError(f'{type(self).__name__}: {message}')
+
+    def make_gate(self, projection: int) -> None:
+        """Create the gate's parameters; :meth:`reset_parameters` fills them."""
+        if self.kind == 'linear':
+            self.gate = nn.Parameter(torch.empty(self.num_experts, self.in_channels))
+        else:
+            self.project = nn.Linear(self.in_channels, projection)
+            self.expert_embeddings = nn.Parameter(torch.empty(self.num_experts, projection))
+            self.temperature = nn.Parameter(torch.empty(()))
+
+    def reset_parameters(self) -> None:
+        """A small normal gate: nearly uniform at first."""
+        if self.kind == 'linear':
+            nn.init.normal_(self.gate, std=0.01)
+        else:
+            self.project.reset_parameters()
+            nn.init.normal_(self.expert_embeddings, std=0.01)
+            nn.init.constant_(self.temperature, self.initial_temperature)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(T, E) scores of (T, d) items."""
+        if self.kind == 'linear':
+            return F.linear(x, self.gate.to(x.dtype))
+        projected = F.linear(x, self.project.weight.to(x.dtype), self.project.bias.to(x.dtype))
+        cosine = F.normalize(projected, dim=1) @ F.normalize(self.expert_embeddings.to(x.dtype)).t()
+        return cosine * self.temperature.to(x.dtype).clamp(max=math.log(100.0)).exp()
+
+    def forward(self, items: Tensor | None, context: RoutingContext) -> Routing:
+        assert items is not None
+        if items.shape[-1] != self.in_channels:
+            raise ValueError(
+                f'the router of {context.layer!r} was made for {self.in_channels} channels and '
+                f'got {items.shape[-1]}'
+            )
+        with torch.autocast(items.device.type, enabled=False):
+            x = items if items.dtype == torch.float64 else items.float()
+            if context.training and self.jitter:
+                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+            logits = self.logits(x)
+            routing = self.route(x, logits, context)
+            if context.training and self.z_loss:
+                # Of the raw logits: one that a constraint has put to -inf is none of the gate's.
+                routing.losses['router_z'] = self.z_loss * router_z_loss(logits)
+        return routing
+
+    def route(self, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
+        """Select. Call ``context.constrain(logits)`` first, and give the routing the result.
+
+        Args:
+            x: (T, d) what the gate saw, float32 or float64.
+            logits: (T, E) as :meth:`logits` gave them.
+            context: What else there is to know.
+        """
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f'{self.in_channels} -> {self.num_experts}, kind={self.kind}'
+
+
+class SelectingRouter(GatedRouter):
+    r"""Base of gated routers that give each item k experts, within a capacity if one is set.
+
+    With a capacity factor c an expert takes at most :math:`\lceil c\,T k / E \rceil` of the T items
+    of a call; what is over is dropped (:func:`drop_over_capacity`), and an item all of whose
+    choices are dropped gives zeros. Without one (the default) nothing is dropped, and what an item
+    becomes does not depend on the rest of its batch.
+
+    Args:
+        in_channels: d.
+        num_experts: E.
+        k: Experts per item.
+        renormalize: Whether the k weights are made to sum to 1. None means k > 1: with k = 1 the
+            weight would be 1 whatever the router says, and no gradient would reach it but that of
+            the balance losses.
+        capacity_factor: c in training; None: dropless.
+        test_capacity_factor: c in evaluation; None: dropless.
+        prioritised: Over the capacity, keep the items of largest weight (batch-prioritised
+            routing) and not those that come first.
+        options: Of :class:`GatedRouter`.
+
+    Source: capacity: Lepikhin et al. 2021 (GShard, arXiv 2006.16668), algorithm 1; priority:
+    Riquelme et al. 2021 (V-MoE, arXiv 2106.05974), section 4.1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_experts: int,
+        k: int = 2,
+        *,
+        renormalize: bool | None = None,
+        capacity_factor: float | None = None,
+        test_capacity_factor: float | None = None,
+        prioritised: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_channels, num_experts, **options)
+        if not 1 <= k <= num_experts:
+            raise self.refusal(f'k must be 1 to {num_experts} experts, got {k}')
+        for name, factor in (
+            ('capacity_factor', capacity_factor),
+            ('test_capacity_factor', test_capacity_factor),
+        ):
+            if factor is not None and not (math.isfinite(factor) and factor > 0):
+                raise self.refusal(f'{name} must be > 0 or None, got {factor}')
+        if prioritised and capacity_factor is None and test_capacity_factor is None:
+            raise self.refusal('prioritised drops by priority, but there is no capacity_factor')
+        self.k = k
+        self.renormalize = k > 1 if renormalize is None else renormalize
+        self.capacity_factor = capacity_factor
+        self.test_capacity_factor = test_capacity_factor
+        self.prioritised = prioritised
+
+    @property
+    def keeps_dense_function(self) -> bool:
+        dropless = self.capacity_factor is None and self.test_capacity_factor is None
+        return self.renormalize and dropless
+
+    def capacity(self, num_items: int, training: bool) -> int | None:
+        """Items an expert may take, or None for any number."""
+        factor = self.capacity_factor if training else self.test_capacity_factor
+        if factor is None:
+            return None
+        return expert_capacity(num_items, self.num_experts, self.k, factor)
+
+    def assign(
+        self,
+        weights: Tensor,
+        indices: Tensor,
+        context: RoutingContext,
+        *,
+        dropping: bool = False,
+        **record: Any,
+    ) -> Routing:
+        """The routing of a choice, after the capacity.
+
+        Args:
+            weights: (T, k) combine weights, best choice first.
+            indices: (T, k) the experts.
+            context: Tells training from evaluation.
+            dropping: Whether ``indices`` has negative entries already.
+            record: Further arguments of ``Routing.from_topk``.
+        """
+        capacity = self.capacity(indices.shape[0], context.training)
+        if capacity is not None:
+            priority = weights.detach().amax(1) if self.prioritised else None
+            indices = drop_over_capacity(indices, capacity, self.num_experts, priority)
+            dropping = True
+        return Routing.from_topk(weights, indices, self.num_experts, dropping=dropping, **record)
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f'k={self.k}', f'renormalize={self.renormalize}']
+        if self.capacity_factor is not None or self.test_capacity_factor is not None:
+            parts.append(f'capacity={self.capacity_factor}/{self.test_capacity_factor}')
+        return ', '.join(parts)
+
+
+# Pure functions
+
+
+def router_z_loss(logits: Tensor) -> Tensor:
+    r"""Mean over items of the squared log-sum-exp of their logits; 0 for no items.
+
+    .. math:: L_z = \frac{1}{T} \sum_t \Big(\ln \sum_e e^{\ell_{te}}\Big)^2
+
+    Args:
+        logits: (T, E).
+
+    Source: Zoph et al. 2022 (ST-MoE, arXiv 2202.08906), eq. 5.
+    """
+    return logits.logsumexp(1).square().sum() / max(logits.shape[0], 1)
+
+
+def expert_capacity(num_items: int, num_experts: int, k: int, factor: float) -> int:
+    """ceil(factor · T · k / E), at most T: what one expert may take of T items.
+
+    The tiny part taken off before rounding keeps 1.1 · 10 from becoming 12.
+    """
+    return min(num_items, math.ceil(factor * num_items * k / num_experts - 1e-9))
+
+
+def drop_over_capacity(
+    indices: Tensor, capacity: int, num_experts: int, priority: Tensor | None = None
+) -> Tensor:
+    """Put -1 for every choice that comes to an expert after it is full.
+
+    Experts are filled with all first choices before any second one, and within these by priority,
+    equal priorities and no priority by position.
+
+    Args:
+        indices: (T, k) the experts of each item, best first; a negative one is dropped already and
+            takes no place.
+        capacity: Items an expert takes.
+        num_experts: E.
+        priority: (T,) larger is served earlier; None: in order of position.
+
+    Returns:
+        (T, k) like ``indices``.
+
+    Example:
+        >>> drop_over_capacity(torch.tensor([[0, 1], [0, 1], [1, 0]]), 2, 2)
+        tensor([[ 0,  1],
+                [ 0, -1],
+                [ 1, -1]])
+    """
+    num_items, k = indices.shape
+    order = None if priority is None else priority.argsort(descending=True, stable=True)
+    ranked = indices if order is None else indices[order]
+    queue = ranked.t().reshape(-1)  # first choices, then second ones
+    by_expert = queue.argsort(stable=True)
+    # Dropped ones (-1) are counted as group 0, expert e as group e + 1.
+    group = queue[by_expert].clamp(min=-1) + 1
+    counts = torch.bincount(group, minlength=num_experts + 1)
+    place = torch.empty_like(queue)
+    place[by_expert] = torch.arange(queue.numel(), device=queue.device) - (
+        counts.cumsum(0) - counts
+    ).index_select(0, group)
+    kept = torch.where(place < capacity, queue, -1).view(k, num_items).t()
+    if order is None:
+        return kept
+    out = torch.empty_like(indices)
+    out[order] = kept
+    return out
+
+
+__all__ = [
+    'GatedRouter',
+    'SelectingRouter',
+    'drop_over_capacity',
+    'expert_capacity',
+    'router_z_loss',
+]
