@@ -4,7 +4,7 @@
 
 ``--out-json`` writes what ``tools/analysis_tools/compare_runs.py`` reads::
 
-    {"config": "...", "checkpoint": "...", "seed": 0, "iter": 1200,
+    {"config": "...", "checkpoint": "...", "seed": 0, "iter": 1000,
      "metrics": {"bccd/coco/bbox_mAP": 0.54, ..., "macro/coco/bbox_mAP": 0.29}}
 """
 

@@ -10,4 +10,4 @@ model = dict(
     # Edges and textures of ImageNet do: without their gradients a step takes 2/3 of the time.
     backbone=dict(frozen_stages=2),
 )
-default_hooks = dict(checkpoint=dict(interval=300))
+default_hooks = dict(checkpoint=dict(interval=250))

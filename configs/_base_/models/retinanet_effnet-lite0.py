@@ -36,7 +36,8 @@ model = dict(
         norm_cfg=dict(type='GN', num_groups=16),
         anchor_generator=dict(
             type='AnchorGenerator',
-            octave_base_scale=3,
+            # Anchors of 16 to 203 px: at 320 px the median box of three real domains has 10 to 17.
+            octave_base_scale=2,
             scales_per_octave=3,
             ratios=[0.5, 1.0, 2.0],
             strides=[8, 16, 32, 64],
