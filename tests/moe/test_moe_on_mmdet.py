@@ -1,5 +1,7 @@
 """The core, which knows nothing of mmdet, against mmdet's real modules."""
 
+import copy
+
 import pytest
 import torch
 from moe_testlib import MIXED, plan_router
@@ -177,3 +179,31 @@ def test_mmcvs_conv_module_takes_moe_parts():
     model[0].init_weights()
     state.begin(['a', 'c'], training=True)
     assert model(torch.randn(2, 3, 8, 8)).shape == (2, 4, 6, 6)
+
+
+def test_idle_experts_of_mmcvs_ffn_and_of_a_resnet_stage_do_not_move(dino):
+    import mmdet_moe.models.targets  # noqa: F401 - the adapter of mmcv's FFN
+
+    model = nn.ModuleDict(
+        dict(
+            ffn=copy.deepcopy(dino.decoder.layers[0].ffn),
+            stage=copy.deepcopy(dino.backbone.layer2),
+        )
+    ).train()
+    state = RoutingState()
+    router = dict(type='PlanRouter', plan={'a': 'e0', 'b': 'e1', 'c': 'e2'})
+    replace_modules(model, [dict(targets='ffn|stage', router=router)], state)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    # e2 works in the first step, so that it has momentum, and rests in the second.
+    for domains in (['a', 'c'], ['a', 'b']):
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        state.begin(domains, training=True)
+        optimiser.zero_grad()
+        tokens, maps = torch.randn(2, 7, 256), torch.randn(2, 64, 8, 8)
+        (model['ffn'](tokens).square().mean() + model['stage'](maps).square().mean()).backward()
+        optimiser.step()
+    moved = {key for key, value in model.state_dict().items() if not value.equal(before[key])}
+    for name in ('ffn', 'stage'):
+        assert any(key.startswith(f'{name}.experts.0.') for key in moved)
+        assert any(key.startswith(f'{name}.experts.1.') for key in moved)
+        assert not any(key.startswith(f'{name}.experts.2.') for key in moved)

@@ -203,8 +203,16 @@ def test_a_loss_that_is_no_scalar_is_named():
 )
 @pytest.mark.parametrize(
     'module, shape',
-    [(nn.Conv2d(4, 4, 1), (2, 4, 3, 3)), (nn.BatchNorm2d(4), (2, 4, 3, 3)), (ToyFFN(4), (2, 3, 4))],
-    ids=['conv', 'bn', 'ffn'],
+    [
+        (nn.Conv2d(4, 4, 1), (2, 4, 3, 3)),
+        (nn.BatchNorm2d(4), (2, 4, 3, 3)),
+        (nn.GroupNorm(2, 4), (2, 4, 3, 3)),
+        (nn.LayerNorm(4), (2, 3, 4)),
+        (nn.Linear(4, 4), (2, 3, 4)),
+        (ToyFFN(4), (2, 3, 4)),
+        (nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)), (2, 4, 3, 3)),
+    ],
+    ids=['conv', 'bn', 'gn', 'ln', 'linear', 'ffn', 'stage'],
 )
 def test_an_idle_expert_does_not_move(optimiser, module, shape):
     """Not by weight decay, and not by the momentum of the steps in which it worked."""
