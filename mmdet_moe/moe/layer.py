@@ -15,26 +15,34 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mmdet_moe.moe.balance import BalanceLoss
-from mmdet_moe.moe.dispatch import run_experts
+from mmdet_moe.moe.dispatch import _map_trees, run_experts
 from mmdet_moe.moe.registry import BALANCE, build_router
 from mmdet_moe.moe.routers import Router
 from mmdet_moe.moe.routing import Routing, RoutingContext
+from mmdet_moe.moe.soft import SlotRouting, run_slots
 from mmdet_moe.moe.state import RoutingState
 
 GRANULARITIES = ('token', 'image')
 #: Children of a MoE layer; every other key below its name belongs to the dense module.
-OWN_CHILDREN = ('experts', 'router', 'balance')
+OWN_CHILDREN = ('experts', 'router', 'balance', 'shared')
 
 
 class MoELayer(nn.Module):
     r"""E experts and a router in the place of one dense module.
 
-    .. math:: y_t = \sum_{e \in \mathrm{router}(x_t)} w_{te} f_e(x_t) \;(+\; \mathrm{identity}_t)
+    .. math:: r_t = \sum_{e \in \mathrm{router}(x_t)} w_{te} f_e(x_t), \qquad
+        y_t = r_t \;(+\; \mathrm{identity}_t)
+
+    With S shared experts :math:`g_s`, which every item takes, and their weight v
+
+    .. math:: y_t = v \frac{1}{S} \sum_s g_s(x_t) + (1 - v)\, r_t \;(+\; \mathrm{identity}_t)
+
+    so that experts and shared experts that are copies of one dense module compute what it did.
 
     Call it as the dense module: further arguments are handed to the experts.
 
-    State dict: ``experts.<e>.<key of the dense module>``, ``router.*``, ``balance.*``. The keys of
-    the dense module itself load too: into every expert.
+    State dict: ``experts.<e>.<key of the dense module>``, ``shared.<s>.<the same>``, ``router.*``,
+    ``balance.*``. The keys of the dense module itself load too: into every expert.
 
     Args:
         experts: E modules with equal interfaces.
@@ -62,6 +70,8 @@ class MoELayer(nn.Module):
             deviation. See :mod:`mmdet_moe.moe.upcycle`.
         noise_seed: Its seed.
         dense_type: Name of the dense module's class, for messages.
+        shared: S further modules beside the experts, which every item takes.
+        shared_weight: v, where there are any.
 
     Raises:
         ValueError: If the pieces do not fit.
@@ -86,13 +96,21 @@ class MoELayer(nn.Module):
         noise: float = 0.0,
         noise_seed: int = 0,
         dense_type: str | None = None,
+        shared: Sequence[nn.Module] = (),
+        shared_weight: float = 0.5,
     ) -> None:
         super().__init__()
         if not experts:
             raise ValueError(f'MoE layer {name!r} has no experts')
+        if not 0 < shared_weight < 1:
+            raise ValueError(
+                f'MoE layer {name!r}: shared_weight must be in (0, 1), got {shared_weight}'
+            )
         self.name = name
         self.state = RoutingState() if state is None else state
         self.experts = nn.ModuleList(experts)
+        self.shared = nn.ModuleList(shared)
+        self.shared_weight = shared_weight
         defaults: dict[str, Any] = {'num_experts': len(experts)}
         if in_channels is not None:
             defaults['in_channels'] = in_channels
@@ -108,8 +126,16 @@ class MoELayer(nn.Module):
                 f'MoE layer {name!r}: granularity {granularity!r} does not suit a '
                 f'{dense_type or type(experts[0]).__name__}; possible: {tuple(granularities)}'
             )
+        suited = self.router.granularities
+        if suited is not None and granularity not in suited:
+            raise ValueError(
+                f'MoE layer {name!r}: {type(self.router).__name__} routes by {tuple(suited)}, not '
+                f'by {granularity!r}'
+            )
         self.granularity = granularity
-        losses: list[BalanceLoss] = [BALANCE.build(loss) for loss in balance]
+        losses: list[BalanceLoss] = [
+            BALANCE.build(loss, num_experts=len(experts)) for loss in balance
+        ]
         self.balance = nn.ModuleList(losses)
         for loss in losses:
             if not self.router.learned:
@@ -128,15 +154,27 @@ class MoELayer(nn.Module):
         self.noise_seed = noise_seed
         self.dense_type = dense_type or type(experts[0]).__name__
         self._sync_checked = False
-        for module in self.experts.modules():
+        for module in self._copies().modules():
             if isinstance(module, _BatchNorm):
                 module.register_forward_pre_hook(_running_statistics_for_one_value)
                 module.register_forward_hook(_own_statistics_again)
+        self._register_members()
+        self.router.attach(self)
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """E, without the shared experts and the router's own."""
         return len(self.experts)
+
+    def _copies(self) -> nn.ModuleList:
+        """Every module that starts as a copy of the dense one: experts, then shared experts."""
+        return nn.ModuleList([*self.experts, *self.shared])
+
+    def _register_members(self) -> None:
+        """Let the state settle what moves once per forward, in an order equal on every rank."""
+        for member in (self.router, *self.balance):
+            if hasattr(member, 'settle'):
+                self.state.register(member)
 
     @property
     def keeps_dense_function(self) -> bool:
@@ -190,7 +228,17 @@ class MoELayer(nn.Module):
             self._refuse_sync_batch_norm()
         frozen = _frozen_statistics(self) if context.recompute else contextlib.nullcontext()
         with frozen:
-            out = run_experts(self.experts, items, routing, args, kwargs, per_item)
+            if isinstance(routing, SlotRouting):
+                out = run_slots(self.experts, items, routing, args, kwargs, per_item)
+            else:
+                extra = self.router.extra_experts
+                experts: Sequence[nn.Module] | nn.ModuleList = self.experts
+                if len(extra):
+                    experts = [*self.experts, *extra]
+                out = run_experts(experts, items, routing, args, kwargs, per_item)
+            if len(self.shared) and items.shape[0]:
+                own = [expert(items, *args, **kwargs) for expert in self.shared]
+                out = _mix_shared(out, own, self.shared_weight)
         out = self.state.attach(out, losses)
         if self.granularity == 'token' and x.ndim != 2:
             out = out.reshape(*shape[:-1], out.shape[-1])
@@ -208,13 +256,16 @@ class MoELayer(nn.Module):
         places = [i for i in range(1, items.ndim) if i != dim % items.ndim]
         return items.mean(places)
 
-    def _account(self, routing: Routing, context: RoutingContext) -> dict[str, Tensor]:
+    def _account(
+        self, routing: Routing | SlotRouting, context: RoutingContext
+    ) -> dict[str, Tensor]:
         """Leave losses and statistics in the state; the losses, for the recomputation."""
-        if routing.num_items != context.num_items or routing.num_experts != self.num_experts:
+        experts = self.num_experts + len(self.router.extra_experts)
+        if routing.num_items != context.num_items or routing.num_experts != experts:
             raise ValueError(
                 f'MoE layer {self.name!r}: {type(self.router).__name__} routed '
                 f'{routing.num_items} items to {routing.num_experts} experts, the layer has '
-                f'{context.num_items} and {self.num_experts}'
+                f'{context.num_items} and {experts}'
             )
         losses: dict[str, Tensor] = {}
         if self.training:
@@ -263,7 +314,8 @@ class MoELayer(nn.Module):
         self._sync_checked = True
         if dist.get_world_size() == 1:
             return
-        for key, module in self.experts.named_modules():
+        # A shared expert without items (an empty batch on one rank) does not come either.
+        for key, module in self._copies().named_modules():
             if isinstance(module, nn.SyncBatchNorm) and module.training:
                 raise RuntimeError(
                     f'expert module {self.name}.experts.{key} is a SyncBatchNorm: experts do not '
@@ -280,12 +332,17 @@ class MoELayer(nn.Module):
         expand_dense_keys(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy comes with a copy of the routing state, which starts empty.
+        super().__setstate__(state)
+        self._register_members()
+
     # Initialisation
 
     def init_weights(self) -> None:
         """Initialise the experts that know how; mmengine's recursion stops at modules without
         this method."""
-        for expert in self.experts:
+        for expert in self._copies():
             if hasattr(expert, 'init_weights'):
                 expert.init_weights()  # type: ignore[operator]
 
@@ -314,6 +371,7 @@ class MoELayer(nn.Module):
     def extra_repr(self) -> str:
         parts = [f'granularity={self.granularity}']
         parts += ['residual'] if self.residual else []
+        parts += [f'shared_weight={self.shared_weight}'] if len(self.shared) else []
         return ', '.join(parts)
 
 
@@ -352,7 +410,7 @@ def expand_dense_keys(layer: MoELayer, state_dict: dict[str, Any], prefix: str) 
             f'{dense[0]!r}'
         )
     values = {key[len(prefix) :]: state_dict.pop(key) for key in dense}
-    for e, expert in enumerate(layer.experts):
+    for place, expert in copies_of(layer).items():
         targets = dict(expert.state_dict(keep_vars=True))
         for key, value in values.items():
             target = targets.get(key)
@@ -363,12 +421,24 @@ def expand_dense_keys(layer: MoELayer, state_dict: dict[str, Any], prefix: str) 
                     f'{tuple(target.shape)}'
                 )
             if layer.noise and isinstance(target, nn.Parameter):
-                value = disturbed(value, layer.noise, layer.noise_seed, f'{layer.name}.{e}.{key}')
-            state_dict[f'{prefix}experts.{e}.{key}'] = value
-    for child in OWN_CHILDREN[1:]:
+                seed_key = noise_key(layer, place, key)
+                value = disturbed(value, layer.noise, layer.noise_seed, seed_key)
+            state_dict[f'{prefix}{place}.{key}'] = value
+    for child in ('router', 'balance'):
         for key, value in getattr(layer, child).state_dict().items():
             state_dict.setdefault(f'{prefix}{child}.{key}', value)
     return True
+
+
+def copies_of(layer: MoELayer) -> dict[str, nn.Module]:
+    """Experts and shared experts by their place in the layer: 'experts.0', ..., 'shared.0', ..."""
+    found = {f'experts.{e}': expert for e, expert in enumerate(layer.experts)}
+    return {**found, **{f'shared.{s}': expert for s, expert in enumerate(layer.shared)}}
+
+
+def noise_key(layer: MoELayer, place: str, key: str) -> str:
+    """What the noise of a parameter of the expert at ``place`` is drawn by."""
+    return f'{layer.name}.{place.removeprefix("experts.")}.{key}'
 
 
 def disturbed(value: Tensor, noise: float, seed: int, key: str) -> Tensor:
@@ -397,6 +467,16 @@ def _take_identity(
     return (x if identity is None else identity), args, kwargs
 
 
+def _mix_shared(routed: Any, shared: Sequence[Any], weight: float) -> Any:
+    """weight · mean of the shared + (1 - weight) · routed, at each place of nested outputs."""
+
+    def mix(leaves: Sequence[Tensor]) -> Tensor:
+        mean = leaves[1] if len(leaves) == 2 else torch.stack(list(leaves[1:])).mean(0)
+        return torch.lerp(leaves[0].to(mean.dtype), mean, weight)
+
+    return _map_trees(mix, [routed, *shared])
+
+
 # Batch norm in experts
 
 
@@ -421,7 +501,7 @@ def _frozen_statistics(layer: MoELayer) -> Iterator[None]:
     """Let batch norms compute what they did, without moving their running statistics again."""
     norms = [
         m
-        for m in layer.experts.modules()
+        for m in layer._copies().modules()
         if isinstance(m, _NormBase) and m.training and m.track_running_stats
     ]
     kept = [(m, m.momentum, m._buffers.get('num_batches_tracked')) for m in norms]

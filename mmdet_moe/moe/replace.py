@@ -23,6 +23,8 @@ OPTIONS = (
     'balance',
     'noise',
     'noise_seed',
+    'shared_experts',
+    'shared_weight',
     'in_channels',
     'channel_dim',
     'per_item_args',
@@ -63,6 +65,8 @@ def replace_modules(
             * ``num_experts``: E (with a PlanRouter the plan's, unless given to be checked);
             * ``granularity``: 'token' or 'image'; by default the router's or the target's own;
             * ``balance``: list of balance losses;
+            * ``shared_experts``: number of experts beside the routed ones that every item takes,
+              and ``shared_weight``, the weight of their mean (0.5; the routed ones get the rest);
             * ``noise``, ``noise_seed``: of upcycling, see :mod:`mmdet_moe.moe.upcycle`;
             * ``in_channels``, ``channel_dim``, ``per_item_args``, ``shared_args``: where a generic
               module does not tell, see :class:`~mmdet_moe.moe.layer.MoELayer`;
@@ -230,10 +234,15 @@ def _build(place: _Place, state: RoutingState) -> MoELayer:
             f'MoE target {place.name!r}: num_experts={num_experts}, but its router has '
             f'{router.num_experts}'
         )
+    shared = spec.get('shared_experts', 0)
+    if not isinstance(shared, int) or shared < 0:
+        raise ValueError(
+            f'MoE target {place.name!r}: shared_experts must be a number >= 0, got {shared!r}'
+        )
     experts = [target.module]
-    experts += [copy.deepcopy(target.module) for _ in range(router.num_experts - 1)]
+    experts += [copy.deepcopy(target.module) for _ in range(router.num_experts - 1 + shared)]
     return target.layer(
-        experts,
+        experts[: router.num_experts],
         router,
         state,
         granularity=spec.get('granularity'),
@@ -249,6 +258,8 @@ def _build(place: _Place, state: RoutingState) -> MoELayer:
         noise=spec.get('noise', 0.0),
         noise_seed=spec.get('noise_seed', 0),
         dense_type=kind,
+        shared=experts[router.num_experts :],
+        shared_weight=spec.get('shared_weight', 0.5),
     )
 
 

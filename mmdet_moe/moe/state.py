@@ -44,6 +44,8 @@ class RoutingState:
     def __init__(self) -> None:
         #: While training, let every layer run its first expert alone: the dense module.
         self.dense = False
+        #: What moves once per forward, in an order that is the same on every rank.
+        self._members: list[Any] = []
         self._clear()
 
     def _clear(self) -> None:
@@ -54,6 +56,8 @@ class RoutingState:
         self._embed: Callable[[], Tensor] | None = None
         self._embeddings: Tensor | None = None
         self._cache: dict[Any, Any] = {}
+        self._left: dict[str, Tensor] = {}
+        self._received: dict[Any, Tensor | None] = {}
         self._losses: dict[str, list[Tensor]] = {}
         self._deferred: dict[str, list[Tensor]] = {}
         self._scales: dict[str, Tensor] = {}
@@ -113,6 +117,29 @@ class RoutingState:
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
+
+    def received(self, kind: str, reader: Any) -> Tensor | None:
+        """What the layer before left under ``kind`` in this forward, without its gradient.
+
+        Args:
+            kind: What is handed on.
+            reader: Who asks; unique to a call in a forward. In a recomputation, where layers run
+                in another order, it gets again what it got in the first pass.
+        """
+        if not self.sealed:
+            self._received[kind, reader] = self._left.get(kind)
+        return self._received.get((kind, reader))
+
+    def leave(self, kind: str, value: Tensor) -> None:
+        """Leave a value for the next layer that asks for ``kind``; ignored once sealed."""
+        if not self.sealed:
+            self._left[kind] = value.detach()
+
+    def register(self, member: Any) -> None:
+        """Let :meth:`collect` call ``member.settle(self)`` once per forward, on every rank in the
+        same order, whether or not its layer ran: the place to add up over calls and ranks."""
+        if not any(known is member for known in self._members):
+            self._members.append(member)
 
     # Outputs
 
@@ -178,7 +205,10 @@ class RoutingState:
             if total is not None:
                 collected[f'loss_moe_{name}'] = total
         self._losses, self._deferred = {}, {}
-        self.sealed = True
+        if not self.sealed:
+            self.sealed = True
+            for member in self._members:
+                member.settle(self)
         return collected
 
     def stats(self) -> dict[str, Tensor]:

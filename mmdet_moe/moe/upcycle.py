@@ -19,7 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdet_moe.moe.layer import OWN_CHILDREN, MoELayer, disturbed, moe_layers
+from mmdet_moe.moe.layer import (
+    OWN_CHILDREN,
+    MoELayer,
+    copies_of,
+    disturbed,
+    moe_layers,
+    noise_key,
+)
 from mmdet_moe.moe.routers import PlanRouter
 
 Checkpoint = str | PathLike[str] | Mapping[str, Any]
@@ -65,12 +72,12 @@ def spread_first_expert_(
         share = layer.noise if noise is None else noise
         layer_seed = layer.noise_seed if seed is None else seed
         source = {key: value.clone() for key, value in _tensors(layer.experts[0]).items()}
-        for e, expert in enumerate(layer.experts):
+        for place, expert in copies_of(layer).items():
             parameters = {key for key, _ in expert.named_parameters()}
             for key, value in _tensors(expert).items():
                 new = source[key]
                 if share and key in parameters:
-                    new = disturbed(new, share, layer_seed, f'{layer.name}.{e}.{key}')
+                    new = disturbed(new, share, layer_seed, noise_key(layer, place, key))
                 value.copy_(new)
 
 
@@ -83,7 +90,7 @@ def spread_optimizer_state_(model: nn.Module, optimizer: torch.optim.Optimizer) 
     """
     for layer in moe_layers(model).values():
         first = dict(layer.experts[0].named_parameters())
-        for expert in list(layer.experts)[1:]:
+        for expert in list(copies_of(layer).values())[1:]:
             for key, parameter in expert.named_parameters():
                 known = optimizer.state.get(first[key])
                 if known and parameter is not first[key]:
@@ -179,7 +186,7 @@ def _experts_of(layer: MoELayer, name: str, key: str | int) -> list[int]:
         if not 0 <= key < layer.num_experts:
             raise KeyError(f'{name} has no expert {key}, it has {layer.num_experts}')
         return [key]
-    router = layer.router
+    router = getattr(layer.router, 'plan', layer.router)
     if isinstance(router, PlanRouter):
         if key in router.datasets:
             return router.experts_of(key)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from mmdet_moe.moe.routing import Routing, RoutingContext
+from mmdet_moe.moe.soft import SlotRouting
+
+if TYPE_CHECKING:
+    from mmdet_moe.moe.layer import MoELayer
 
 
 class Router(nn.Module):
@@ -26,6 +31,8 @@ class Router(nn.Module):
     learned: bool = True
     #: The granularity a layer takes when its config names none; None leaves it to the target.
     granularity: str | None = None
+    #: The granularities it can do; None: any.
+    granularities: Sequence[str] | None = None
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -39,7 +46,20 @@ class Router(nn.Module):
         module compute what that module did."""
         return False
 
-    def forward(self, items: Tensor | None, context: RoutingContext) -> Routing:
+    @property
+    def extra_experts(self) -> Sequence[nn.Module] | nn.ModuleList:
+        """Experts of the router's own, numbered after the layer's E. A dense checkpoint, upcycling
+        and ``num_experts`` know nothing of them; their weights are the router's."""
+        return ()
+
+    def attach(self, layer: MoELayer) -> None:
+        """Learn of the layer this router is in, once it is complete; refuse one that does not suit.
+
+        A router with running state of its own (buffers that move once per forward) has a method
+        ``settle(state)``, which :meth:`RoutingState.collect` calls.
+        """
+
+    def forward(self, items: Tensor | None, context: RoutingContext) -> Routing | SlotRouting:
         """Route.
 
         Args:

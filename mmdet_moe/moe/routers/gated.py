@@ -259,7 +259,7 @@ def expert_capacity(num_items: int, num_experts: int, k: int, factor: float) -> 
 
 
 def drop_over_capacity(
-    indices: Tensor, capacity: int, num_experts: int, priority: Tensor | None = None
+    indices: Tensor, capacity: int | Tensor, num_experts: int, priority: Tensor | None = None
 ) -> Tensor:
     """Put -1 for every choice that comes to an expert after it is full.
 
@@ -269,7 +269,7 @@ def drop_over_capacity(
     Args:
         indices: (T, k) the experts of each item, best first; a negative one is dropped already and
             takes no place.
-        capacity: Items an expert takes.
+        capacity: Items an expert takes: one number, or (E,) of them.
         num_experts: E.
         priority: (T,) larger is served earlier; None: in order of position.
 
@@ -294,6 +294,8 @@ def drop_over_capacity(
     place[by_expert] = torch.arange(queue.numel(), device=queue.device) - (
         counts.cumsum(0) - counts
     ).index_select(0, group)
+    if isinstance(capacity, Tensor):
+        capacity = capacity.index_select(0, queue.clamp(min=0))
     kept = torch.where(place < capacity, queue, -1).view(k, num_items).t()
     if order is None:
         return kept

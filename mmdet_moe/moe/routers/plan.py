@@ -101,6 +101,11 @@ class PlanRouter(Router):
     def keeps_dense_function(self) -> bool:
         return True
 
+    @property
+    def has_prototypes(self) -> bool:
+        """Whether images without a domain can be routed."""
+        return self._means is not None
+
     def check_datasets(self, domains: Sequence[str], held_out: bool = False) -> None:
         """Refuse data whose domains are not the plan's datasets.
 
@@ -139,6 +144,23 @@ class PlanRouter(Router):
         return state.cached(
             (self._key, images), lambda: self._image_weights(state.domains, images, context)
         )
+
+    def posterior_weights(self, context: RoutingContext) -> Tensor:
+        """(B, E) weights of the batch's images by their embeddings alone, on the CPU, once per
+        forward: what ``unknown`` makes of images whose domain nobody told."""
+        state, images = context.state, context.num_images
+        return state.cached(
+            (self._key, images, 'posterior'), lambda: self._image_weights(None, images, context)
+        )
+
+    def told_weights(self, context: RoutingContext) -> tuple[Tensor, Tensor]:
+        """What the plan says where the domain is told: (B, E) weights, zeros elsewhere, and (B,)
+        whether it is; on the CPU, no embedding is asked for."""
+        images = context.num_images
+        domains = context.state.domains or (None,) * images
+        rows = torch.tensor([-1 if n is None else self._row.get(n, -1) for n in domains]).long()
+        known = rows >= 0
+        return self._weights[rows.clamp(min=0)] * known[:, None], known
 
     def _image_weights(
         self, domains: Sequence[str | None] | None, images: int, context: RoutingContext
