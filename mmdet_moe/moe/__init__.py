@@ -28,8 +28,26 @@ from mmdet_moe.moe.dispatch import run_experts
 from mmdet_moe.moe.layer import MoELayer, moe_layers
 from mmdet_moe.moe.registry import BALANCE, ROUTERS, build_router
 from mmdet_moe.moe.replace import TargetError, check_datasets, replace_modules
-from mmdet_moe.moe.routers import PlanRouter, Router, TopKRouter
+from mmdet_moe.moe.routers import (
+    BASERouter,
+    CosineRouter,
+    DAMEXRouter,
+    ExpertChoiceRouter,
+    GatedRouter,
+    GShardRouter,
+    MoEPPRouter,
+    PlanPriorRouter,
+    PlanRouter,
+    ReMoERouter,
+    Router,
+    SelectingRouter,
+    SinkhornRouter,
+    SoftMoERouter,
+    SwitchRouter,
+    TopKRouter,
+)
 from mmdet_moe.moe.routing import Routing, RoutingContext
+from mmdet_moe.moe.soft import SlotRouting, run_slots
 from mmdet_moe.moe.state import RoutingState
 from mmdet_moe.moe.targets import (
     TARGET_ADAPTERS,
@@ -47,25 +65,39 @@ from mmdet_moe.moe.upcycle import (
 
 __all__ = [
     'BALANCE',
-    'ROUTERS',
-    'TARGET_ADAPTERS',
+    'BASERouter',
     'BalanceLoss',
+    'CosineRouter',
+    'DAMEXRouter',
     'EntropyLoss',
+    'ExpertChoiceRouter',
+    'GShardRouter',
     'GateLoss',
+    'GatedRouter',
     'ImportanceConstraint',
     'ImportanceLoss',
     'KLLoss',
     'LoadLoss',
     'MeanImportanceConstraint',
     'MoELayer',
+    'MoEPPRouter',
+    'PlanPriorRouter',
     'PlanRouter',
+    'ROUTERS',
+    'ReMoERouter',
     'RelativeImportanceConstraint',
     'Router',
     'Routing',
     'RoutingContext',
     'RoutingState',
+    'SelectingRouter',
+    'SinkhornRouter',
+    'SlotRouting',
+    'SoftMoERouter',
     'SummedLoss',
     'SwitchLoss',
+    'SwitchRouter',
+    'TARGET_ADAPTERS',
     'Target',
     'TargetError',
     'TopKRouter',
@@ -83,6 +115,7 @@ __all__ = [
     'register_unsafe',
     'replace_modules',
     'run_experts',
+    'run_slots',
     'spread_first_expert_',
     'spread_optimizer_state_',
     'switch_loss',

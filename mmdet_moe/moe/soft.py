@@ -125,9 +125,12 @@ def run_slots(
 
 
 def mixing_dtype(items: Tensor) -> torch.dtype:
-    """What the mixtures are computed in: autocast's type where that is on, else the items'."""
+    """What the mixtures are computed in: autocast's type where that is on (double stays), else the
+    items'."""
     kind = items.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else items.dtype
+    if items.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return items.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def _mix(affinity: Tensor, totals: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:

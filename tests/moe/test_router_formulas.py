@@ -6,6 +6,7 @@ import pytest
 import torch
 from moe_testlib import ToyFFN, moe_of, scatter_experts
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmdet_moe.moe import RoutingContext, RoutingState, TargetError, replace_modules, upcycle_
 from mmdet_moe.moe.routers import (
@@ -361,6 +362,33 @@ def test_moe_pp_adds_the_logits_of_the_layer_before():
     model[1](hidden)
     torch.testing.assert_close(seen[0], one.logits(x))  # the first has none before it
     torch.testing.assert_close(seen[1], two.logits(hidden) + 2 * seen[0])
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
+def test_moe_pp_recomputes_with_the_logits_it_got_in_the_first_pass(reentrant):
+    """Two layers, each checkpointed alone: in backward the second runs before the first."""
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model, state = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), RoutingState()
+        spec = dict(targets=r'\d', num_experts=2, router=dict(type='MoEPPRouter'))
+        replace_modules(model, [spec], state)
+        with torch.no_grad():
+            for layer in model:
+                layer.router.gate_out.normal_()
+                layer.router.residual.normal_()
+        state.begin(num_images=4, training=True)
+        x = torch.randn(4, 3).requires_grad_()
+        for layer in model:
+            x = checkpoint(layer, x, use_reentrant=reentrant) if checkpointed else layer(x)
+        (x.square().sum() + sum(state.collect().values())).backward()
+        results.append({k: p.grad for k, p in model.named_parameters()})
+    one, two = results
+    assert one['1.router.residual'].abs().sum() > 0
+    for key, grad in one.items():
+        assert (grad is None) == (two[key] is None), key
+        if grad is not None:
+            torch.testing.assert_close(two[key], grad)
 
 
 def test_moe_pp_refuses_a_module_that_changes_the_number_of_channels():

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from mmdet_moe.moe.registry import ROUTERS
@@ -143,6 +142,8 @@ def balanced_assignment(scores: Tensor, group_size: int = 1024) -> Tensor:
     Returns:
         (T,) long, on the device of ``scores``.
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import, and no other router needs it
+
     num_items = scores.shape[0]
     values = scores.detach().cpu().double().numpy()
     is_open = ~np.isneginf(values).all(axis=0)
