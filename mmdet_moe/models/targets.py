@@ -6,12 +6,16 @@ for what can be replaced, and names of what must not be.
 
 from __future__ import annotations
 
-from mmcv.cnn import ConvModule
+from collections.abc import Sequence
+
+from mmcv.cnn import ConvModule, Linear
 from mmcv.cnn.bricks.transformer import FFN
 from mmdet.models.layers import ResLayer
+from mmengine.model import Sequential
 from torch import nn
 
 from mmdet_moe.moe import Target, register_target, register_unsafe
+from mmdet_moe.moe.grouped import CHAINS, LINEARS, register_chain
 
 
 @register_target(lambda module: isinstance(module, FFN))
@@ -30,6 +34,21 @@ def ffn(module: FFN) -> Target:
         default_granularity='token',
         residual=residual,
     )
+
+
+LINEARS.add(Linear)
+CHAINS[Sequential] = list
+
+
+@register_chain(FFN)
+def ffn_chain(module: FFN) -> Sequence[nn.Module]:
+    """An ``FFN`` that adds no identity is its layers in turn, where nothing drops or scales."""
+    drop = module.dropout_layer
+    idle = isinstance(drop, nn.Identity) or not drop.training
+    idle = idle or getattr(drop, 'drop_prob', getattr(drop, 'p', 1.0)) == 0
+    if module.add_identity or not idle or not isinstance(module.gamma2, nn.Identity):
+        return [module]
+    return [module.layers]
 
 
 @register_target(lambda module: isinstance(module, ConvModule))

@@ -5,7 +5,7 @@ Axes: T items, E experts, n (item, expert) pairs, d channels.
 Items are gathered once, grouped by expert, so that each expert sees one contiguous piece; the
 outputs are scaled by their combine weights and added back. Memory is n·d, whatever E is: there is
 no one-hot tensor over experts and capacity. A batch that goes to one expert is that expert's plain
-call.
+call. Experts that are plain two-layer FFNs take a shorter way, :mod:`mmdet_moe.moe.grouped`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdet_moe.moe.grouped import (
+    grouped_mm_experts,
+    grouped_mm_fits,
+    plain_experts,
+    run_plain_experts,
+)
 from mmdet_moe.moe.routing import Routing
 
 
@@ -86,28 +92,18 @@ def run_experts(
     routing = routing.on(items.device)
     order, inverse, weights = routing.items, routing.inverse, routing.weights
     assert order is not None
+    active = [e for e, count in enumerate(routing.counts) if count]
+    plain = None if args or kwargs else plain_experts(experts, active, items)
+    if plain is not None and not grouped_mm_fits(plain, items):
+        return run_plain_experts(plain, items, routing)
+
+    def grouped_by_expert(x: Tensor) -> Tensor:
+        if routing.in_order:
+            return x
+        return x.index_select(0, order) if inverse is None else _Gather.apply(x, order, inverse)
 
     def pieces(x: Tensor) -> Sequence[Tensor]:
-        if not routing.in_order:
-            x = x.index_select(0, order) if inverse is None else _Gather.apply(x, order, inverse)
-        return x.split(routing.counts)
-
-    chunks = pieces(items)
-    args_of = [
-        pieces(value) if per_item is not None and per_item(i, value) else None
-        for i, value in enumerate(args)
-    ]
-    kwargs_of = {
-        key: pieces(value) if per_item is not None and per_item(key, value) else None
-        for key, value in kwargs.items()
-    }
-    outputs = []
-    for e, count in enumerate(routing.counts):
-        if not count:
-            continue
-        own_args = [args[i] if part is None else part[e] for i, part in enumerate(args_of)]
-        own_kwargs = {k: kwargs[k] if part is None else part[e] for k, part in kwargs_of.items()}
-        outputs.append(experts[e](chunks[e], *own_args, **own_kwargs))
+        return grouped_by_expert(x).split(routing.counts)
 
     def combine(parts: Sequence[Tensor]) -> Tensor:
         y = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
@@ -125,6 +121,23 @@ def run_experts(
         out = y.new_zeros((routing.num_items, *y.shape[1:]))
         return out.index_add_(0, order, y)
 
+    if plain is not None:
+        counts = [routing.counts[e] for e in active]
+        return combine([grouped_mm_experts(plain, grouped_by_expert(items), counts)])
+    chunks = pieces(items)
+    args_of = [
+        pieces(value) if per_item is not None and per_item(i, value) else None
+        for i, value in enumerate(args)
+    ]
+    kwargs_of = {
+        key: pieces(value) if per_item is not None and per_item(key, value) else None
+        for key, value in kwargs.items()
+    }
+    outputs = []
+    for e in active:
+        own_args = [args[i] if part is None else part[e] for i, part in enumerate(args_of)]
+        own_kwargs = {k: kwargs[k] if part is None else part[e] for k, part in kwargs_of.items()}
+        outputs.append(experts[e](chunks[e], *own_args, **own_kwargs))
     return _map_trees(combine, outputs)
 
 
