@@ -275,7 +275,9 @@ class MoELayer(nn.Module):
                     losses[key] = losses[key] + value if key in losses else value
             self.state.add_losses(self.name, losses)
         if not context.recompute:
-            stats = {'weight': routing.importance(), 'count': torch.tensor(routing.counts)}
+            with torch.no_grad():  # a recomputation, which takes none, must save the same tensors
+                weight = routing.importance()
+            stats = {'weight': weight, 'count': torch.tensor(routing.counts)}
             self.state.add_stats(self.name, {**stats, **routing.stats})
         return losses
 
