@@ -96,7 +96,8 @@ def run_slots(
         TypeError: If an expert gives anything else than a tensor.
     """
     kwargs = kwargs or {}
-    for key, value in [*enumerate(args), *kwargs.items()]:
+    arguments: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for key, value in arguments:
         if per_item is not None and per_item(key, value):
             raise ValueError(
                 f'argument {key!r} has one row per item, but Soft MoE gives its experts slots, '
