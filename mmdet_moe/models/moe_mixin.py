@@ -13,6 +13,7 @@ The base class is entered as ever and knows nothing of it.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdet_moe.moe import MoELayer, RoutingState, check_datasets, replace_modules, upcycle_
+from mmdet_moe.moe import (
+    ROUTERS,
+    MoELayer,
+    RoutingState,
+    check_datasets,
+    replace_modules,
+    upcycle_,
+)
 from mmdet_moe.moe.routers.plan import load_plan
 from mmdet_moe.planning import ExpertPlan
 from mmdet_moe.registry import MODELS
@@ -355,19 +363,22 @@ def _is_rgb(preprocessor: Any) -> bool:
 
 
 def is_plan_router(spec: Mapping) -> bool:
-    """Whether a MoE spec is routed by a plan, whatever scope its type is written with."""
+    """Whether the router of a MoE spec takes a plan (``PlanRouter``, ``DAMEXRouter`` ...)."""
     router = spec.get('router')
     kind = router.get('type') if isinstance(router, Mapping) else None
-    return str(getattr(kind, '__name__', kind)).rpartition('.')[2] == 'PlanRouter'
+    try:
+        return 'plan' in inspect.signature(ROUTERS.get(kind)).parameters
+    except KeyError:  # building it says what is wrong
+        return False
 
 
 def _with_plan(spec: Mapping, plan: Any) -> Mapping:
-    """The spec with the model's plan where its ``PlanRouter`` names none."""
+    """The spec with the model's plan where its router takes one and names none."""
     if not is_plan_router(spec) or spec['router'].get('plan') is not None:
         return spec
     if plan is None:
         raise ValueError(
-            f'the PlanRouter of targets {spec.get("targets")!r} has no plan: give it one, or give '
+            f'the router of targets {spec.get("targets")!r} has no plan: give it one, or give '
             "the model plan='plan.json' (tools/plan_experts.py makes it)"
         )
     return {**spec, 'router': {**spec['router'], 'plan': plan}}

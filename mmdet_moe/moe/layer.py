@@ -172,7 +172,8 @@ class MoELayer(nn.Module):
 
     def _register_members(self) -> None:
         """Let the state settle what moves once per forward, in an order equal on every rank."""
-        for member in (self.router, *self.balance):
+        # A router may hold another (DAMEX).
+        for member in (*self.router.modules(), *self.balance):
             if hasattr(member, 'settle'):
                 self.state.register(member)
 
@@ -254,6 +255,8 @@ class MoELayer(nn.Module):
         if dim is None:
             dim = 1 if items.ndim >= 4 else -1
         places = [i for i in range(1, items.ndim) if i != dim % items.ndim]
+        if not items.numel():  # no place to take a mean over
+            return items.sum(places)
         return items.mean(places)
 
     def _account(

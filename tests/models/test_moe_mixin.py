@@ -100,8 +100,11 @@ def test_plan_may_stand_once_in_the_model_and_on_disk(tmp_path):
     model = build('retinanet', moe=[spec], plan=str(path), init=False)
     assert model.moe_names == ['bbox_head.cls_convs.0']
     assert len(model.moe_layers()['bbox_head.cls_convs.0'].experts) == 3
-    with pytest.raises(ValueError, match='PlanRouter of targets .* has no plan'):
+    with pytest.raises(ValueError, match='router of targets .* has no plan'):
         build('retinanet', moe=[spec])
+    taught = dict(type='DAMEXRouter', router=dict(type='CosineRouter', k=1))  # needs a plan as well
+    model = build('retinanet', moe=[{**spec, 'router': taught}], plan=str(path), init=False)
+    assert model.moe_layers()['bbox_head.cls_convs.0'].router.plan.datasets == PLAN.datasets
 
 
 @pytest.mark.parametrize('entry', ['forward', 'direct'])

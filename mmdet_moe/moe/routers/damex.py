@@ -12,11 +12,13 @@ from torch import Tensor
 from mmdet_moe.moe.registry import ROUTERS, build_router
 from mmdet_moe.moe.routers.base import Router
 from mmdet_moe.moe.routers.plan import PlanRouter
+from mmdet_moe.moe.routers.soft import SoftMoERouter
 from mmdet_moe.moe.routing import Routing, RoutingContext
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mmdet_moe.moe.layer import MoELayer
     from mmdet_moe.planning import ExpertPlan
 
 UNKNOWN = ('ignore', 'error')
@@ -72,9 +74,15 @@ class DAMEXRouter(Router):
                 f'DAMEXRouter: the router must be a learned one of the {table.num_experts} experts '
                 f'of the plan, got {self.inner!r}'
             )
+        if isinstance(self.inner, SoftMoERouter) or len(self.inner.extra_experts):
+            raise ValueError(
+                f'DAMEXRouter: {type(self.inner).__name__} does not score the {table.num_experts} '
+                f'experts of the plan for each item, so there is nothing to supervise'
+            )
         self.weight = weight
         self.unknown = unknown
         self.granularity = self.inner.granularity
+        self.granularities = self.inner.granularities
         if hasattr(self.inner, 'k'):
             self.k = self.inner.k
 
@@ -86,6 +94,9 @@ class DAMEXRouter(Router):
     def noise(self) -> str | None:
         """The inner router's."""
         return getattr(self.inner, 'noise', None)
+
+    def attach(self, layer: MoELayer) -> None:
+        self.inner.attach(layer)
 
     def reset_parameters(self) -> None:
         self.inner.reset_parameters()
