@@ -221,7 +221,8 @@ class MoEMixin:
         unknown = [i for i, domain in enumerate(domains) if domain is None]
         # The closure keeps the images until the next forward: only where they may be needed.
         embed: Callable[[], Tensor] | None = None
-        if unknown and self._embedder is not None:
+        asked = any(layer.router.needs_embeddings for layer in self.moe_layers().values())
+        if (unknown or asked) and self._embedder is not None:
             embed = self._embed_of(inputs, samples)
         self.routing_state.begin(domains, len(inputs), embed=embed, training=self.training)
         if unknown and embed is not None and not self.training and self._prototypes is not None:

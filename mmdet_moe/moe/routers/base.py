@@ -27,6 +27,8 @@ class Router(nn.Module):
 
     #: Whether :meth:`forward` wants item features (T, d). Where False, none are computed.
     needs_features: bool = True
+    #: Whether it asks for the embeddings of images whose domain is told, too.
+    needs_embeddings: bool = False
     #: Whether it learns; balance losses are refused where it does not.
     learned: bool = True
     #: The granularity a layer takes when its config names none; None leaves it to the target.

@@ -86,6 +86,7 @@ class PlanPriorRouter(SelectingRouter):
         renormalize = True if renormalize is None else renormalize
         super().__init__(in_channels, table.num_experts, k, renormalize=renormalize, **options)
         self.plan = table
+        self.needs_embeddings = domains != 'always'
         self.smoothing = smoothing
         self.domains = domains
         self.reset_parameters()

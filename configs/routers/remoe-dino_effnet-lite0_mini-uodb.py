@@ -1,0 +1,11 @@
+# ReMoE, one expert per query on average, in the decoder.
+_base_ = '../gem/dense-dino_effnet-lite0_mini-uodb.py'
+model = dict(
+    moe=[
+        dict(
+            targets=r'decoder\.layers\.[02]\.ffn',
+            num_experts=4,
+            router=dict(type='ReMoERouter', target=1),
+        )
+    ],
+)
