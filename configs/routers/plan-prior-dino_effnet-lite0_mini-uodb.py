@@ -1,9 +1,6 @@
-# A learned router that starts as the plan, in the decoder.
-_base_ = '../gem/dense-dino_effnet-lite0_mini-uodb.py'
-plan = '{{$MINI_UODB_PLAN:work_dirs/mini_uodb/plan.json}}'
-planner = dict(num_experts=4, demand='images')
+# A learned router that starts as the plan, in the decoder. GEM-DINO with another router.
+_base_ = '../gem/gem-dino_effnet-lite0_mini-uodb.py'
 model = dict(
-    plan=plan,
     moe=[
         dict(
             targets=r'decoder\.layers\.[02]\.ffn',

@@ -96,6 +96,9 @@ class MoEMixin:
         self.moe_names: list[str] = []
         if specs:
             self.moe_names = replace_modules(self, specs, self.routing_state)
+        self._embeds_known = any(
+            layer.router.needs_embeddings for layer in self.moe_layers().values()
+        )
         if label_space is not None:
             # A label space may name domains that are held out of training, and so of the plan.
             check_datasets(self, label_space.domains, held_out=True)
@@ -221,8 +224,7 @@ class MoEMixin:
         unknown = [i for i, domain in enumerate(domains) if domain is None]
         # The closure keeps the images until the next forward: only where they may be needed.
         embed: Callable[[], Tensor] | None = None
-        asked = any(layer.router.needs_embeddings for layer in self.moe_layers().values())
-        if (unknown or asked) and self._embedder is not None:
+        if (unknown or self._embeds_known) and self._embedder is not None:
             embed = self._embed_of(inputs, samples)
         self.routing_state.begin(domains, len(inputs), embed=embed, training=self.training)
         if unknown and embed is not None and not self.training and self._prototypes is not None:

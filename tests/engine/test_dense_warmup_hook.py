@@ -152,6 +152,8 @@ def test_noise_waits_for_the_parting():
     )
     runner.optim_wrapper = SimpleNamespace(optimizer=torch.optim.SGD(model.parameters(), 0.1))
     hook = DenseWarmupHook(share=0.2)
+    hook.before_train(runner)
+    assert model.routing_state.dense
     for step, equal in ((0, True), (1, True), (2, False)):
         runner.iter = step
         hook.before_train_iter(runner, step)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -67,3 +70,14 @@ class ToyFFN(nn.Module):
         if not self.add_identity:
             return out
         return (x if identity is None else identity) + out
+
+
+def two_processes(worker: Callable[[int, int, str], None], folder: Path) -> list[Any]:
+    """Run ``worker(rank, port, folder)`` on two gloo ranks; what each saved as ``<rank>.pth``."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip('this torch has no gloo')
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.start_processes(worker, (port, str(folder)), nprocs=2)
+    return [torch.load(folder / f'{rank}.pth') for rank in range(2)]

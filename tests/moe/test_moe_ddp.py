@@ -6,11 +6,10 @@ in one process on both ranks' images together, which is what two ranks must amou
 
 import copy
 import os
-import socket
 
 import pytest
 import torch
-from moe_testlib import ToyFFN, plan_router, topk_router
+from moe_testlib import ToyFFN, plan_router, topk_router, two_processes
 from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -102,14 +101,7 @@ def worker(rank, port, folder):
 
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip('this torch has no gloo')
-    folder = tmp_path_factory.mktemp('ddp')
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(worker, (port, str(folder)), nprocs=2)
-    return [torch.load(folder / f'{rank}.pth') for rank in range(2)]
+    return two_processes(worker, tmp_path_factory.mktemp('ddp'))
 
 
 @pytest.mark.parametrize('kind', ['plan', 'topk', 'checkpointed'])

@@ -3,6 +3,7 @@ from __future__ import annotations
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
+from torch import nn
 
 from mmdet_moe.moe import moe_layers, spread_first_expert_, spread_optimizer_state_
 from mmdet_moe.registry import HOOKS
@@ -41,29 +42,31 @@ class DenseWarmupHook(Hook):
             raise ValueError(f'DenseWarmupHook: share must be between 0 and 1, got {share}')
         self.share = share
 
-    def last_step(self, runner: Runner) -> int:
-        """The number of dense steps."""
+    def dense_steps(self, runner: Runner) -> int:
+        """The number of steps before the experts part."""
         return round(self.share * runner.max_iters)
 
     def before_train(self, runner: Runner) -> None:
-        """Check that there is something to warm up."""
-        if not moe_layers(unwrapped_model(runner)):
+        """Check that there is something to warm up, and set the mode of the layers."""
+        model = unwrapped_model(runner)
+        if not moe_layers(model):
             raise ValueError('DenseWarmupHook: the model has no MoE layers')
+        _set_dense(model, runner.iter < self.dense_steps(runner))
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | tuple | list | None = None
     ) -> None:
-        """Set the mode of the layers, and let the experts part when it is time."""
+        """Let the experts part when it is time."""
+        if runner.iter != self.dense_steps(runner):
+            return
         model = unwrapped_model(runner)
-        for layer in moe_layers(model).values():
-            layer.state.dense = runner.iter < self.last_step(runner)
-        if runner.iter == self.last_step(runner):
-            spread_first_expert_(model)
-            wrapper = runner.optim_wrapper
-            parts = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-            for part in parts:
-                spread_optimizer_state_(model, part.optimizer)
-            runner.logger.info(f'DenseWarmupHook: the experts part at step {runner.iter}')
+        _set_dense(model, False)
+        spread_first_expert_(model)
+        wrapper = runner.optim_wrapper
+        parts = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+        for part in parts:
+            spread_optimizer_state_(model, part.optimizer)
+        runner.logger.info(f'DenseWarmupHook: the experts part at step {runner.iter}')
 
     def after_train_iter(
         self,
@@ -73,5 +76,10 @@ class DenseWarmupHook(Hook):
         outputs: dict | None = None,
     ) -> None:
         """Keep all experts equal to the one that is trained."""
-        if runner.iter < self.last_step(runner):
+        if runner.iter < self.dense_steps(runner):
             spread_first_expert_(unwrapped_model(runner), noise=0.0)
+
+
+def _set_dense(model: nn.Module, dense: bool) -> None:
+    for layer in moe_layers(model).values():
+        layer.state.dense = dense

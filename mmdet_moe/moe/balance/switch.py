@@ -49,10 +49,10 @@ class SwitchLoss(SummedLoss):
 
     def sums(self, routing: Routing, context: RoutingContext) -> Tensor:
         gates = probabilities_of(self, routing, context)
-        scores = gates
-        for logits in (routing.logits, routing.noisy_logits):
-            scores = scores if logits is None else logits
         if self.choices == 'first':
+            # What the selection was made from.
+            known = (routing.noisy_logits, routing.logits, gates)
+            scores = next(values for values in known if values is not None)
             experts = torch.arange(gates.shape[1], device=gates.device)
             chosen = (scores.argmax(1, keepdim=True) == experts).sum(0)
         else:
