@@ -1,4 +1,6 @@
-"""Models: the MoE mixin, detectors, heads, backbones and the frozen embedder."""
+"""Models: the MoE mixin, detectors, classifiers, heads, backbones and the frozen embedder."""
+
+from importlib.util import find_spec
 
 from .backbones import *  # noqa: F403
 from .dense_heads import MultiDomainDINOHead, MultiDomainRetinaHead
@@ -20,3 +22,8 @@ __all__ = [
     'MultiDomainRetinaHead',
     'domain_loss_weights',
 ]
+
+if find_spec('mmpretrain'):  # detection does without
+    from .classifiers import MoEImageClassifier
+
+    __all__ += ['MoEImageClassifier']
