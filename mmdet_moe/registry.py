@@ -4,6 +4,9 @@ With ``default_scope = 'mmdet_moe'`` in a config, a type is looked up here first
 then in mmengine; nobody has to import modules by hand (``locations`` does). mmengine imports only
 the locations of the registry it was asked through, not those of its parents, so mmdet's are listed
 too; and it warns about every registry that has no child of the default scope, so each has one.
+
+Under another default scope (mmpretrain's) ours are called ``mmdet_moe.<type>``. mmengine looks such a
+scope up among the children of the root only, so each registry stands there too.
 """
 
 from mmdet import registry as mmdet_registry
@@ -18,7 +21,12 @@ def _child(name: str, location: str, ours: bool = True) -> Registry:
     line = mmdet_registry if hasattr(mmdet_registry, name) else mmengine_registry
     parent = getattr(line, name)
     locations = [f'mmdet.{location}'] + ([f'mmdet_moe.{location}'] if ours else [])
-    return Registry(parent.name, parent=parent, scope=SCOPE, locations=locations)
+    child = Registry(parent.name, parent=parent, scope=SCOPE, locations=locations)
+    root = parent
+    while root.parent is not None:
+        root = root.parent
+    root.children.setdefault(SCOPE, child)
+    return child
 
 
 MODELS = _child('MODELS', 'models')
