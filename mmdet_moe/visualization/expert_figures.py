@@ -61,7 +61,7 @@ def draw_utilisation(
         title: On top.
     """
     count = len(mean_weight)
-    figure = _figure(max(4.5, 1.8 + 0.55 * count), 3.2)
+    figure = _figure(max(5.8, 1.8 + 0.55 * count), 3.2)
     axis = figure.subplots()
     x = np.arange(count)
     colors = [expert_color(e) for e in range(count)]
@@ -171,19 +171,27 @@ def draw_sizes(
 
     Args:
         path: Where to write.
-        panels: Title -> (R names, (R, E) mean weights).
+        panels: Short title -> (R names, (R, E) mean weights).
         title: On top.
     """
     columns = next(iter(panels.values()))[1].shape[1]
-    most = max(len(names) for names, _ in panels.values())
-    width = sum(1.3 + 0.44 * columns + 0.07 * max(map(len, n)) for n, _ in panels.values())
-    figure = _figure(max(width, 0.075 * len(title)), max(2.2, 1.1 + 0.27 * most))
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    cell = 0.44 if columns <= 8 else 0.34
+    # The long panel below the others where a row of three would be too wide for a page.
+    lines = [list(panels)] if columns <= 8 else [list(panels)[:2], list(panels)[2:]]
+    lines = [line for line in lines if line]
+    label = 0.07 * max(len(name) for names, _ in panels.values() for name in names)
+    most = [max(len(panels[name][0]) for name in line) for line in lines]
+    width = len(lines[0]) * (1.1 + cell * columns + label)
+    figure = _figure(width, 0.8 + sum(0.7 + 0.27 * max(rows, 4) for rows in most))
+    axes = figure.subplot_mosaic(
+        [[line[i * len(line) // len(lines[0])] for i in range(len(lines[0]))] for line in lines],
+        height_ratios=[max(rows, 4) for rows in most],
+    )
     high = max(float(np.nanmax(values)) for _, values in panels.values())
-    for axis, (name, (rows, values)) in zip(axes, panels.items(), strict=True):
-        last = axis is axes[-1]
-        _heat(figure, axis, values, rows, expert_names(columns), limits=(0, high), bar=last)
-        axis.set_title(name, fontsize=8.5)
+    for name, (rows, values) in panels.items():
+        bar = any(name == line[-1] for line in lines)
+        _heat(figure, axes[name], values, rows, expert_names(columns), limits=(0, high), bar=bar)
+        axes[name].set_title(name, fontsize=8.5)
     figure.suptitle(title, fontsize=9)
     save(figure, path)
 
@@ -243,39 +251,29 @@ def draw_ablation(
     """
     panels = bool(single or equal is not None) + bool(best)
     count = len(single) + (equal is not None)
-    figure = _figure(2.6 + 0.5 * count + 2.6 * (panels - 1), 3.2)
-    axes = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+    figure = _figure(1.6 + 0.48 * (count + len(best)) + 1.2 * (panels - 1), 3.2)
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
     values = [learned, *single.values(), *best.values(), *([] if equal is None else [equal])]
     top = max(*values, 1e-9)
     if single or equal is not None:
         axis = axes[0]
         bars = {**single, **({} if equal is None else {'equal': equal})}
         colors = [expert_color(i) for i in range(len(single))] + ['0.6']
-        shown = axis.bar(range(len(bars)), bars.values(), color=colors[: len(bars)], width=0.7)
-        axis.bar_label(shown, [short(v) for v in bars.values()], fontsize=7.5)
-        axis.set_xticks(range(len(bars)), bars)
+        axis.bar(range(len(bars)), bars.values(), color=colors[: len(bars)], width=0.7)
+        axis.set_xticks(range(len(bars)), [f'{name}\n{_value(v)}' for name, v in bars.items()])
         axis.axhline(learned, color='0.2', lw=1, ls='--')
-        axis.set_ylim(0, top * 1.14)
+        axis.set_ylim(0, top * 1.06)
         axis.set_ylabel(metric, fontsize=8)
-        _plain(axis, f'each expert alone (dashed: as routed, {short(learned)})')
+        _plain(axis, f'each expert alone (dashed: as routed, {_value(learned)})')
     if best:
         axis = axes[-1]
         axis.plot(list(best), list(best.values()), 'o-', color='#332288')
-        for k, value in best.items():
-            axis.annotate(
-                short(value),
-                (k, value),
-                (0, 6),
-                textcoords='offset points',
-                ha='center',
-                fontsize=7.5,
-            )
         axis.axhline(learned, color='0.2', lw=1, ls='--')
         for k in own_k:
             axis.axvline(k, color='0.8', lw=6, zorder=0)
-        axis.set_xticks(list(best))
+        axis.set_xticks(list(best), [f'{k}\n{_value(v)}' for k, v in best.items()])
         axis.set_xlim(min(best) - 0.5, max(best) + 0.5)
-        axis.set_ylim(0, top * 1.14)
+        axis.set_ylim(0, top * 1.06)
         axis.set_xlabel('k' + (' (band: as trained)' if own_k else ''), fontsize=8)
         axis.set_ylabel(metric, fontsize=8)
         _plain(axis, 'the k best experts')
@@ -332,7 +330,7 @@ def draw_mosaic(
         title: On top.
     """
     cells, side = on_grid(np.asarray(points, dtype=np.float64))
-    frame = max(2, THUMB // 14)
+    frame = THUMB // 12
     step = THUMB + 2 * frame
     canvas = np.full((side * step, side * step, 3), 255, dtype=np.uint8)
     for thumb, (row, column), expert in zip(thumbs, cells.tolist(), top, strict=True):
@@ -470,14 +468,16 @@ def _heat(
             if np.isfinite(value):
                 dark = (value - low) / (high - low) < 0.6
                 color = 'white' if dark else 'black'
-                axis.text(c, r, short(value), ha='center', va='center', fontsize=7, color=color)
+                axis.text(c, r, _cell(value), ha='center', va='center', fontsize=7, color=color)
     axis.set_xticks(range(len(columns)), columns, fontsize=8)
     axis.set_yticks(range(len(rows)), rows, fontsize=6.5 if small else 8)
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
     if bar:
-        scale = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02, aspect=30)
+        scale = figure.colorbar(
+            image, ax=axis, fraction=0.05, pad=0.02, aspect=8 * figure.get_figheight()
+        )
         scale.ax.tick_params(labelsize=7)
         scale.outline.set_visible(False)
 
@@ -499,6 +499,16 @@ def _plain(axis: Axes, title: str) -> None:
 
 def _rgb(color: str) -> np.ndarray:
     return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.uint8)
+
+
+def _cell(value: float) -> str:
+    """Two decimals without the leading zero."""
+    return f'{value:.2f}'.replace('0.', '.', 1) if value >= 0.005 else '0'
+
+
+def _value(value: float) -> str:
+    """Three digits: APs of experts differ in the third."""
+    return f'{value:.3f}' if abs(value) < 1 else f'{value:.3g}'
 
 
 def _count(number: Any) -> str:

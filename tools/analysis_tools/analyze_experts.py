@@ -239,7 +239,7 @@ class Images:
     def __init__(self, record: ExpertRecord, dataset: Any) -> None:
         self.record = record
         self.dataset = dataset
-        self._thumbs: dict[int, np.ndarray] = {}
+        self._thumbs: dict[tuple[int, int], np.ndarray] = {}
 
     def read(self, index: int) -> np.ndarray:
         """(H, W, 3); grey where there is no file and the dataset has no picture."""
@@ -255,10 +255,11 @@ class Images:
             return np.full((figures.THUMB, figures.THUMB, 3), 200, dtype=np.uint8)
         return np.asarray(image)
 
-    def thumb(self, index: int) -> np.ndarray:
-        if index not in self._thumbs:
-            self._thumbs[index] = figures.thumbnail(self.read(index))
-        return self._thumbs[index]
+    def thumb(self, index: int, size: int = figures.THUMB) -> np.ndarray:
+        """(size, size, 3), made once."""
+        if (index, size) not in self._thumbs:
+            self._thumbs[index, size] = figures.thumbnail(self.read(index), size)
+        return self._thumbs[index, size]
 
 
 def embed(values: np.ndarray, method: str) -> tuple[np.ndarray, str]:
@@ -470,7 +471,9 @@ def _draw_preferred(
     for e in range(weight.shape[1]):
         best = order[np.argsort(-weight[order, e], kind='stable')[:8]]
         rows[e] = [
-            (images.thumb(i), float(weight[i, e])) for i in best.tolist() if weight[i, e] > 0
+            (images.thumb(i, 2 * figures.THUMB), float(weight[i, e]))
+            for i in best.tolist()
+            if weight[i, e] > 0
         ]
     figures.draw_preferred(
         picture('preferred', 'The images of largest combine weight for each expert.'),
