@@ -278,6 +278,9 @@ def embed(values: np.ndarray, method: str) -> tuple[np.ndarray, str]:
 def detections(runner: Runner, record: ExpertRecord, indices: Sequence[int]) -> list[Any]:
     """Data samples with predictions, None for an image that the data does not give in order."""
     dataset = runner.test_dataloader.dataset
+    head = getattr(unwrapped_model(runner), 'bbox_head', None)
+    if hasattr(head, 'with_levels'):
+        head.with_levels = True
     found = []
     for index in indices:
         (sample,) = runner.model.test_step(pseudo_collate([dataset[index]]))
