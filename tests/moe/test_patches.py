@@ -164,7 +164,7 @@ def test_conv_gates_bypasses_losses_and_gradients_work_on_patches():
 @pytest.mark.parametrize(
     'module, spec, message',
     [
-        (nn.Conv2d(3, 4, 3, padding=1), dict(grid=None), "needs grid=g, 1 or more, got None"),
+        (nn.Conv2d(3, 4, 3, padding=1), dict(grid=None), 'needs grid=g, 1 or more, got None'),
         (nn.Conv2d(3, 4, 3, padding=1), dict(grid=2, halo=-1), 'halo must be a number >= 0'),
         (nn.Conv2d(3, 4, 3), dict(grid=2), 'makes 62 of 64 places and 59 of 61'),
         (nn.Linear(3, 4), dict(grid=2), "granularity 'patch' does not suit a Linear"),
