@@ -22,6 +22,8 @@ pytest.importorskip('mmpretrain')
 from mmpretrain.models import ResNet, ResNet_CIFAR
 from mmpretrain.structures import DataSample
 
+from mmdet_moe.models import MoEImageClassifier
+
 MMLogger.get_current_instance().setLevel('WARNING')
 GATE = dict(type='TopKRouter', k=2, kind='conv', projection=8)
 
