@@ -122,7 +122,8 @@ def test_upcycled_stages_and_convolutions_are_the_dense_network(kind):
 
 @pytest.mark.parametrize('kind, size', [('cifar', 32), ('mmdet', 64)])
 @pytest.mark.parametrize('position', [1, 2, 3, 4])
-def test_narrow_top_2_costs_what_the_dense_stage_does(kind, size, position, monkeypatch):
+@pytest.mark.parametrize('gate', ['linear', 'conv'])
+def test_narrow_top_2_costs_what_the_dense_stage_does(kind, size, position, gate, monkeypatch):
     """By mmengine's analysis, gate and norms included: within 5 % of the dense stage."""
     for function in (dispatch._Gather, dispatch._Combine):  # torch's tracer stops at them
         context = SimpleNamespace(save_for_backward=lambda *tensors: None)
@@ -136,7 +137,7 @@ def test_narrow_top_2_costs_what_the_dense_stage_does(kind, size, position, monk
     with torch.no_grad():
         model(torch.zeros(1, 3, size, size))
     handle.remove()
-    router = dict(type='TopKRouter', k=2)
+    router = dict(type='TopKRouter', k=2, kind=gate)
     state, _ = with_experts(model, name, num_experts=4, router=router, width='iso')
     model.eval()
     state.begin(num_images=1)
