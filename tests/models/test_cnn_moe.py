@@ -15,6 +15,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from tiny_models import build, images, mixed_batch, total_loss
 
+from mmdet_moe.models.checkpoint import CheckpointError, fit_checkpoint
 from mmdet_moe.moe import RoutingState, dispatch, moe_layers, replace_modules, upcycle_
 from mmdet_moe.moe.targets import describe_target
 
@@ -168,6 +169,8 @@ def test_dense_checkpoint_of_a_resnet_cannot_fill_narrow_experts_and_the_error_s
 
     with pytest.raises(ValueError, match='inner width is .*a dense checkpoint cannot fill them'):
         load_state_dict(model, dense)
+    with pytest.raises(CheckpointError, match='inner width is .*a dense checkpoint cannot fill'):
+        fit_checkpoint(model, dense)
 
 
 # -- residual, patches, norms, shared gates ------------------------------------------------------
