@@ -361,7 +361,7 @@ class MoELayer(nn.Module):
 
         def decide() -> Any:
             features = None
-            if self.share == 'image':
+            if self.share == 'image' and self.router.needs_features:
                 context.num_images  # noqa: B018 - raises where the items are not the images
                 features = image_features(
                     self.state.images, self.image_size, self.router.needs_maps, self.name

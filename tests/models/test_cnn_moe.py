@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from tiny_models import build, images, mixed_batch, total_loss
 
 from mmdet_moe.models.checkpoint import CheckpointError, fit_checkpoint
 from mmdet_moe.moe import RoutingState, dispatch, moe_layers, replace_modules, upcycle_
+from mmdet_moe.moe.experts import Geometry, geometry
 from mmdet_moe.moe.targets import describe_target
 
 pytest.importorskip('mmpretrain')
@@ -336,3 +339,25 @@ def test_freeze_others_freezes_a_detectors_heads_and_class_rows():
 def test_freeze_others_needs_something_to_train():
     with pytest.raises(ValueError, match='leaves nothing to train: no moe is given'):
         classifier([], freeze_others=True)
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_page_build():
+    page = (Path(__file__).parents[2] / 'docs' / 'cnn_moe.md').read_text()
+    blocks = re.findall(r'```python\n(.*?)```', page.partition('## RetinaNet')[0], re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        found = {}
+        exec(compile(block, 'docs/cnn_moe.md', 'exec'), found)
+        model = classifier(found['moe'])
+        samples = [DataSample().set_gt_label(i) for i in range(2)]
+        moved = step(model, images(2, size=32), samples)
+        assert any('.router.' in key for key in moved), block
+
+
+def test_stages_reach_as_far_as_the_page_says():
+    model = backbone('cifar')
+    assert geometry(model.layer1, 8, '').reach == 4
+    assert geometry(model.layer2, 8, '') == Geometry(stride=2, reach=7, channels=16)
