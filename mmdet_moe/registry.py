@@ -5,8 +5,8 @@ then in mmengine; nobody has to import modules by hand (``locations`` does). mme
 the locations of the registry it was asked through, not those of its parents, so mmdet's are listed
 too; and it warns about every registry that has no child of the default scope, so each has one.
 
-From another scope, say ``default_scope = 'mmpretrain'`` for a classifier, ``mmdet_moe.X`` finds them
-as well. mmengine looks a scope up among the children of its own registries only, so ours are
+From another scope, say ``default_scope = 'mmpretrain'`` for a classifier, ``mmdet_moe.X`` finds
+them as well. mmengine looks a scope up among the children of its own registries only, so ours are
 entered there beside mmdet's.
 """
 

@@ -158,39 +158,44 @@ def train(kind, name, how='float32'):
     return records, model
 
 
-def train_in_turn(kind, name, rank=None, joint=False):
-    """As one of two ranks; or in one process on what both have, one after the other, or at once."""
-    # Fixed, because it moves once per forward, and one process has two of them in a step. Its
-    # moves over two ranks: tests/moe/test_constraints_ddp.py.
+def train_on(batches, kind, name, run_on_ranks=False):
+    """Records, and the weights of the layers, after five steps on the sum of ``batches``.
+
+    Args:
+        batches: The domains of each batch, by a number that its random numbers depend on.
+        kind, name: The model and the router.
+        run_on_ranks: Whether other ranks have batches, too.
+    """
+    # ReMoE's coefficient is fixed here, because it moves once per forward, and one process has two
+    # of them in a step. How it moves on two ranks: tests/moe/test_constraints_ddp.py.
     model = fresh(kind, name, **({'factor': 1 + 1e-12} if name == 'remoe' else {}))
     run = None
-    if rank is not None:
+    if run_on_ranks:
         run = MMDistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
-    batches = [[domain] for domain in DOMAINS]
-    if rank is not None:
-        batches = batches[rank : rank + 1]
-    elif joint:
-        batches = [DOMAINS]
     wrapper = optim_wrapper(model, accumulative_counts=len(batches))
-    first = rank or 0
-    records = [
-        take_step(
-            model,
-            wrapper,
-            [(2 * step + first + i, raw_batch(kind, batch)) for i, batch in enumerate(batches)],
-            run,
-        )
-        for step in range(STEPS)
-    ]
-    weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-    return records, weights
+    records = []
+    for step in range(STEPS):
+        seeded = [(2 * step + i, raw_batch(kind, domains)) for i, domains in batches.items()]
+        records.append(take_step(model, wrapper, seeded, run))
+    if run_on_ranks:
+        every = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        first = every.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(every, first), f'{kind}, {name}: ranks have parted'
+    layers = model.moe_layers().values()
+    return records, [p.detach() for layer in layers for p in layer.parameters()]
+
+
+IN_TURN = {rank: [domain] for rank, domain in enumerate(DOMAINS)}
 
 
 def worker(rank, port, folder):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     dist.init_process_group('gloo', rank=rank, world_size=2, timeout=timedelta(minutes=4))
-    torch.save({case: train_in_turn(*case, rank) for case in CASES}, f'{folder}/{rank}.pth')
+    own = {rank: IN_TURN[rank]}
+    results = {case: train_on(own, *case, run_on_ranks=True) for case in CASES}
+    torch.save(results, f'{folder}/{rank}.pth')
     dist.destroy_process_group()
 
 
@@ -244,11 +249,34 @@ def test_two_ranks_train_one_model_and_equal_one_process(ranks, kind, name):
     (ours, weights), (theirs, others) = (result[kind, name] for result in ranks)
     check(ours, learns(name))
     check(theirs, learns(name))
-    assert torch.equal(weights, others)
-    expected, alone = train_in_turn(kind, name)
+    torch.testing.assert_close(weights, others, rtol=0, atol=0)
+    expected, alone = train_on(IN_TURN, kind, name)
     torch.testing.assert_close(weights, alone, rtol=1e-4, atol=1e-5)
     for step in range(STEPS):
         assert_logs_close([ours[step]['logs'][0], theirs[step]['logs'][0]], expected[step]['logs'])
+
+
+@pytest.mark.parametrize('name', ['plan', 'plan-prior', 'expert-choice', 'soft'])
+def test_two_ranks_equal_one_batch_where_no_image_depends_on_others(ranks, name):
+    """A ViT, whose loss is a mean over images; the other routers draw or count over the batch."""
+    weights = ranks[0]['vit', name][1]
+    _, alone = train_on({0: DOMAINS}, 'vit', name)
+    torch.testing.assert_close(weights, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_soft_moe_is_refused_on_convolutions():
+    spec = spec_of('retinanet', 'soft')
+    with pytest.raises(ValueError, match="'token' of SoftMoERouter does not suit a ConvModule"):
+        build('retinanet', moe=[spec], init=False)
+    with pytest.raises(ValueError, match=r"SoftMoERouter routes by \('token',\), not by 'image'"):
+        build('retinanet', moe=[dict(spec, granularity='image')], init=False)
+
+
+def test_items_of_a_retina_head_are_pairs_of_image_and_level():
+    records, _ = train('retinanet', 'plan')
+    # An image for e0 and one for e1, on three levels each.
+    for counts in records[0]['counts'].values():
+        assert counts.tolist() == [3, 3, 0]
 
 
 def assert_same(records, expected):

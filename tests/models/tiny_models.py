@@ -205,7 +205,7 @@ def vit_cfg(**model) -> dict:
             arch=dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64),
             img_size=64,
             patch_size=16,
-            # The mean of all tokens: of a class token's, no other gets a gradient in the last layer.
+            # The mean of all tokens: from a class token no other gets a gradient in the last layer.
             with_cls_token=False,
             out_type='avg_featmap',
         ),
