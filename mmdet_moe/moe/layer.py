@@ -161,10 +161,11 @@ class MoELayer(nn.Module):
                 f'MoE layer {name!r} has {len(experts)} experts, its router '
                 f'{self.router.num_experts}'
             )
+        whose = '' if granularity else f' of {type(self.router).__name__}'
         granularity = granularity or self.router.granularity or default_granularity
         if granularity not in granularities:
             raise ValueError(
-                f'MoE layer {name!r}: granularity {granularity!r} does not suit a '
+                f'MoE layer {name!r}: granularity {granularity!r}{whose} does not suit a '
                 f'{dense_type or type(experts[0]).__name__}; possible: {tuple(granularities)}'
             )
         suited = self.router.granularities
