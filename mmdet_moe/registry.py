@@ -5,8 +5,9 @@ then in mmengine; nobody has to import modules by hand (``locations`` does). mme
 the locations of the registry it was asked through, not those of its parents, so mmdet's are listed
 too; and it warns about every registry that has no child of the default scope, so each has one.
 
-Under another default scope (mmpretrain's) ours are called ``mmdet_moe.<type>``. mmengine looks such a
-scope up among the children of the root only, so each registry stands there too.
+From another scope, say ``default_scope = 'mmpretrain'`` for a classifier, ``mmdet_moe.X`` finds
+them as well. mmengine looks a scope up among the children of its own registries only, so ours are
+entered there beside mmdet's.
 """
 
 from mmdet import registry as mmdet_registry
@@ -21,12 +22,9 @@ def _child(name: str, location: str, ours: bool = True) -> Registry:
     line = mmdet_registry if hasattr(mmdet_registry, name) else mmengine_registry
     parent = getattr(line, name)
     locations = [f'mmdet.{location}'] + ([f'mmdet_moe.{location}'] if ours else [])
-    child = Registry(parent.name, parent=parent, scope=SCOPE, locations=locations)
-    root = parent
-    while root.parent is not None:
-        root = root.parent
-    root.children.setdefault(SCOPE, child)
-    return child
+    registry = Registry(parent.name, parent=parent, scope=SCOPE, locations=locations)
+    getattr(mmengine_registry, name).children.setdefault(SCOPE, registry)
+    return registry
 
 
 MODELS = _child('MODELS', 'models')

@@ -12,6 +12,37 @@ DOMAINS = ('bccd', 'deeppcb', 'hituav', 'hdbpmn', 'cheetah')
 CONFIG = ROOT / 'configs/gem/gem-retinanet_effnet-lite0_mini-uodb.py'
 
 
+def test_every_model_of_the_router_suite_gets_the_same_budget(monkeypatch):
+    from argparse import ArgumentParser
+
+    from mmengine.config import Config, DictAction
+
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import mini_uodb
+
+    parser = ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    budget = mini_uodb.Budget(size=224, start_steps=100, steps=40)
+    suite = mini_uodb.SUITES['routers']
+    assert {'dense', 'gem', 'topk', 'soft', 'remoe', 'moe-pp', 'damex'} <= set(suite)
+    found = []
+    for config in suite.values():
+        cfg = Config.fromfile(str(ROOT / config), format_python_code=False)
+        for options in (
+            budget.train_options(40, load_from=Path('start.pth')),
+            budget.test_options(),
+        ):
+            cfg.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
+        for loader in (cfg.train_dataloader, cfg.test_dataloader):
+            (resize,) = (t for t in loader.dataset.pipeline if t.type == 'Resize')
+            assert resize.scale == (224, 224)
+        assert cfg.val_cfg is None and cfg.load_from == 'start.pth'
+        found.append((cfg.train_cfg, cfg.param_scheduler, cfg.optim_wrapper, cfg.train_dataloader))
+    warm, cosine = found[0][1]
+    assert (warm.end, cosine.begin, cosine.end, cosine.T_max) == (4, 4, 40, 36)
+    assert all(one == found[0] for one in found)
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason=f'{DATA} is not there')
 def test_real_images_are_planned_trained_on_and_scored_per_domain(tmp_path, monkeypatch):
     from mmengine.config import Config

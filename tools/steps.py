@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,8 +194,18 @@ def last_checkpoint(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def train(steps: Steps, what: str, config: str, folder: Path, seed: int) -> Path:
+def train(
+    steps: Steps, what: str, config: str, folder: Path, seed: int, options: Sequence[str] = ()
+) -> Path:
     """The step that trains a config into ``folder``; returns the checkpoint.
+
+    Args:
+        steps: The job's.
+        what: What the user reads.
+        config: The config file.
+        folder: Its work dir.
+        seed: Of the training.
+        options: Further ``--cfg-options``.
 
     Raises:
         StepError: If training fails or leaves no checkpoint.
@@ -206,26 +216,35 @@ def train(steps: Steps, what: str, config: str, folder: Path, seed: int) -> Path
             shutil.rmtree(folder, ignore_errors=True)
         resume = ['--resume'] if last_checkpoint(folder) else []
         arguments = ['tools/train.py', config, '--work-dir', str(folder), *resume]
-        steps.run(*arguments, '--cfg-options', f'randomness.seed={seed}', show=progress)
+        values = [f'randomness.seed={seed}', *options]
+        steps.run(*arguments, '--cfg-options', *values, show=progress)
 
     done = [folder / 'last_checkpoint']
-    steps.step(f'train {folder.name}', what, action, f'{config} {seed}', done)
+    steps.step(f'train {folder.name}', what, action, f'{config} {seed} {[*options]}', done)
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise StepError(f'training left no checkpoint in {folder}')
     return checkpoint
 
 
-def test(steps: Steps, what: str, config: str, checkpoint: Path, folder: Path) -> dict[str, float]:
+def test(
+    steps: Steps,
+    what: str,
+    config: str,
+    checkpoint: Path,
+    folder: Path,
+    options: Sequence[str] = (),
+) -> dict[str, float]:
     """The step that tests a checkpoint; returns its metrics, ``<folder>/metrics.json`` has them."""
     result = folder / 'metrics.json'
 
     def action(_: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         arguments = ['tools/test.py', config, str(checkpoint), '--work-dir', str(folder)]
+        arguments += ['--cfg-options', *options] if options else []
         steps.run(*arguments, '--out-json', str(result), show=progress)
 
-    steps.step(f'test {folder.name}', what, action, config, [result])
+    steps.step(f'test {folder.name}', what, action, f'{config} {[*options]}', [result])
     return json.loads(result.read_text())['metrics']
 
 

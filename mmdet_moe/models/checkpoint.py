@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_moe.moe import MoELayer, moe_layers
-from mmdet_moe.moe.layer import OWN_CHILDREN
+from mmdet_moe.moe.layer import OWN_CHILDREN, why_unlike
 
 
 class CheckpointError(ValueError):
@@ -94,6 +94,7 @@ def fit_checkpoint(
             if target.shape != value.shape:
                 wrong.append(
                     f'{key}: {tuple(value.shape)} in the checkpoint, {tuple(target.shape)}'
+                    + ('' if layer is None else why_unlike(layers[layer]))
                 )
             continue
         same = target.shape == value.shape and (

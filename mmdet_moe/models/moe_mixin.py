@@ -32,7 +32,7 @@ from mmdet_moe.moe import (
 )
 from mmdet_moe.moe.routers.plan import load_plan
 from mmdet_moe.planning import ExpertPlan
-from mmdet_moe.registry import MODELS
+from mmdet_moe.registry import MODELS, SCOPE
 from mmdet_moe.structures import LabelSpace
 
 from . import targets as _targets  # noqa: F401 - teaches the moe package mmcv's and mmdet's modules
@@ -316,7 +316,9 @@ class Detached:
     def module(self, device: torch.device | str = 'cpu') -> nn.Module:
         """The module on ``device``, in evaluation mode and without gradients."""
         if self._module is None:
-            module = MODELS.build({'type': 'FrozenEmbedder', **copy.deepcopy(self.cfg)})
+            # A plan names its embedder's parts without a scope: ours, in a classifier too.
+            defaults = {'type': 'FrozenEmbedder', '_scope_': SCOPE}
+            module = MODELS.build({**defaults, **copy.deepcopy(self.cfg)})
             self._module = module.eval().requires_grad_(False)
         return self._module.to(device)
 

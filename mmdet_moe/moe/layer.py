@@ -161,10 +161,11 @@ class MoELayer(nn.Module):
                 f'MoE layer {name!r} has {len(experts)} experts, its router '
                 f'{self.router.num_experts}'
             )
+        whose = '' if granularity else f' of {type(self.router).__name__}'
         granularity = granularity or self.router.granularity or default_granularity
         if granularity not in granularities:
             raise ValueError(
-                f'MoE layer {name!r}: granularity {granularity!r} does not suit a '
+                f'MoE layer {name!r}: granularity {granularity!r}{whose} does not suit a '
                 f'{dense_type or type(experts[0]).__name__}; possible: {tuple(granularities)}'
             )
         suited = self.router.granularities
@@ -201,6 +202,11 @@ class MoELayer(nn.Module):
                     raise ValueError(
                         f'MoE layer {name!r}: {type(loss).__name__} has nothing to act on, '
                         f'{type(self.router).__name__} learns nothing'
+                    )
+                if not self.router.selects:
+                    raise ValueError(
+                        f'MoE layer {name!r}: {type(loss).__name__} has nothing to balance, '
+                        f'{type(self.router).__name__} fills every slot'
                     )
                 loss.check(self.router)
         if isinstance(noise, str) and noise != INDEPENDENT:
@@ -360,7 +366,7 @@ class MoELayer(nn.Module):
 
         def decide() -> Any:
             features = None
-            if self.share == 'image':
+            if self.share == 'image' and self.router.needs_features:
                 context.num_images  # noqa: B018 - raises where the items are not the images
                 features = image_features(
                     self.state.images, self.image_size, self.router.needs_maps, self.name
@@ -410,7 +416,11 @@ class MoELayer(nn.Module):
         if not context.recompute:
             with torch.no_grad():  # a recomputation, which takes none, must save the same tensors
                 weight = routing.importance()
-            stats = {'weight': weight, 'count': torch.tensor(routing.counts)}
+            stats = {
+                'weight': weight,
+                'count': torch.tensor(routing.counts),
+                'items': torch.tensor(context.num_items),
+            }
             self.state.add_stats(self.name, {**stats, **routing.stats})
             for observer in self.state.observers:
                 observer(self.name, routing, context)

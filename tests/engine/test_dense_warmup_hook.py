@@ -185,3 +185,10 @@ def test_a_dense_model_has_nothing_to_warm_up():
     runner = SimpleNamespace(model=Regression(False), max_iters=10)
     with pytest.raises(ValueError, match='the model has no MoE layers'):
         DenseWarmupHook(0.5).before_train(runner)
+
+
+def test_experts_that_are_fresh_draws_have_no_warm_up_to_keep():
+    model = Regression(moe=True)
+    next(iter(moe_layers(model).values())).noise = 'independent'
+    with pytest.raises(ValueError, match="noise='independent' at 'net.0' would draw .* anew"):
+        DenseWarmupHook(share=0.5).before_train(SimpleNamespace(model=model))

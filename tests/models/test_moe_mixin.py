@@ -16,6 +16,7 @@ from tiny_models import (
     PLAN,
     SPACE,
     build,
+    colour_plan,
     images,
     mixed_batch,
     moe_specs,
@@ -37,36 +38,6 @@ LEARNED = dict(
     router=dict(type='TopKRouter', k=1, noise=False),
     balance=[dict(type='ImportanceLoss', weight=0.1)],
 )
-
-
-class ColourEmbedder(torch.nn.Module):
-    """The mean colour of an image, as a unit vector; keeps what it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()))
-        self.seen: list = []
-
-    def embed(self, given):
-        self.seen.append([image.clone() for image in given])
-        means = torch.stack([image.mean((1, 2)) for image in given]) * self.scale
-        return torch.nn.functional.normalize(means, dim=1)
-
-
-MODELS.register_module(module=ColourEmbedder, force=True)
-
-
-def colour_plan(**embedder):
-    """street is red, blood green, yard blue."""
-    return ExpertPlan.from_assignment(
-        {'street': 'e0', 'blood': 'e1', 'yard': 'e2'},
-        prototypes=dict(
-            embedder=dict(type='ColourEmbedder', **embedder),
-            dimension=3,
-            mean=dict(street=[1.0, 0.0, 0.0], blood=[0.0, 1.0, 0.0], yard=[0.0, 0.0, 1.0]),
-            concentration=10.0,
-        ),
-    )
 
 
 def coloured(*rgb):

@@ -1,4 +1,4 @@
-"""Small detectors, batches and plans shared by the tests of the models."""
+"""Small detectors, a classifier, batches and plans shared by the tests of the models."""
 
 from __future__ import annotations
 
@@ -39,6 +39,36 @@ _PREPROCESSOR = dict(
     bgr_to_rgb=True,
     pad_size_divisor=32,
 )
+
+
+class ColourEmbedder(torch.nn.Module):
+    """The mean colour of an image, as a unit vector; keeps what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.seen: list = []
+
+    def embed(self, given):
+        self.seen.append([image.clone() for image in given])
+        means = torch.stack([image.mean((1, 2)) for image in given]) * self.scale
+        return torch.nn.functional.normalize(means, dim=1)
+
+
+MODELS.register_module(module=ColourEmbedder, force=True)
+
+
+def colour_plan(**embedder) -> ExpertPlan:
+    """street is red, blood green, yard blue."""
+    return ExpertPlan.from_assignment(
+        {'street': 'e0', 'blood': 'e1', 'yard': 'e2'},
+        prototypes=dict(
+            embedder=dict(type='ColourEmbedder', **embedder),
+            dimension=3,
+            mean=dict(street=[1.0, 0.0, 0.0], blood=[0.0, 1.0, 0.0], yard=[0.0, 0.0, 1.0]),
+            concentration=10.0,
+        ),
+    )
 
 
 def retinanet_cfg(**model) -> dict:
@@ -162,6 +192,35 @@ def dino_cfg(**model) -> dict:
     return _merge(cfg, head, model)
 
 
+def vit_cfg(**model) -> dict:
+    """A ViT classifier of 2 layers on 16 patches; ``head`` and other keys are merged in."""
+    head = model.pop('head', {})
+    cfg = dict(
+        type='mmdet_moe.MoEImageClassifier',
+        data_preprocessor=dict(
+            mean=_PREPROCESSOR['mean'], std=_PREPROCESSOR['std'], to_rgb=True, num_classes=5
+        ),
+        backbone=dict(
+            type='VisionTransformer',
+            arch=dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64),
+            img_size=64,
+            patch_size=16,
+            # The mean of all tokens: from a class token no other gets a gradient in the last layer.
+            with_cls_token=False,
+            out_type='avg_featmap',
+        ),
+        # By default it starts at zero, and no gradient passes it in the first step.
+        head=dict(
+            type='VisionTransformerClsHead',
+            num_classes=5,
+            in_channels=32,
+            init_cfg=dict(type='TruncNormal', layer='Linear', std=0.2),
+        ),
+    )
+    return _merge(cfg, head, model)
+
+
+#: Of the detectors.
 CONFIGS = dict(retinanet=retinanet_cfg, dino=dino_cfg)
 #: A module of each detector that the plan routes in these tests.
 TARGETS = dict(
@@ -176,17 +235,17 @@ def moe_specs(kind: str, plan=PLAN, **spec) -> list[dict]:
 
 
 def build(kind: str, *, seed: int = 0, init: bool = True, **model):
-    """Build and initialise a detector over SPACE."""
-    init_default_scope('mmdet_moe')
+    """Build and initialise a model over SPACE: a detector, or 'vit'."""
+    init_default_scope('mmpretrain' if kind == 'vit' else 'mmdet_moe')
     # mmengine reports every initialised parameter at INFO.
     MMLogger.get_current_instance().setLevel('WARNING')
     torch.manual_seed(seed)
     model.setdefault('label_space', SPACE)
-    detector = MODELS.build(ConfigDict(CONFIGS[kind](**model)))
+    built = MODELS.build(ConfigDict({**CONFIGS, 'vit': vit_cfg}[kind](**model)))
     if init:
         torch.manual_seed(seed)
-        detector.init_weights()
-    return detector.train()  # a module fresh from its constructor does not know of `norm_eval`
+        built.init_weights()
+    return built.train()  # a module fresh from its constructor does not know of `norm_eval`
 
 
 def sample(domain: str | None, boxes: list, names: list[str], size=(64, 64)) -> DetDataSample:
@@ -231,6 +290,35 @@ def images(count: int, seed: int = 1, size: int = 64) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
+def label_sample(domain: str | None, name: str):
+    """A data sample of mmpretrain with a class by its unified name."""
+    from mmpretrain.structures import DataSample  # detection does without
+
+    meta = dict(img_shape=(64, 64), ori_shape=(64, 64))
+    if domain is not None:
+        meta['domain'] = domain
+    return DataSample(metainfo=meta).set_gt_label(SPACE.unified_id(name))
+
+
+def raw_batch(kind: str, domains: list[str], told: bool = True) -> dict:
+    """What a data loader gives the model called ``kind``: an image of each domain.
+
+    With the same number of boxes in every image, so that what a head divides by is equal on every
+    rank. ``told=False`` keeps the domains from the model.
+    """
+    inputs, samples = [], []
+    for domain in domains:
+        generator = torch.Generator().manual_seed(list(DOMAINS).index(domain))
+        inputs.append(torch.randint(0, 255, (3, 64, 64), generator=generator, dtype=torch.uint8))
+        names = [DOMAINS[domain][0], DOMAINS[domain][-1]]
+        known = domain if told else None
+        if kind == 'vit':
+            samples.append(label_sample(known, names[0]))
+        else:
+            samples.append(sample(known, [[4, 4, 30, 28], [26, 20, 60, 60]], names))
+    return dict(inputs=inputs, data_samples=samples)
+
+
 def mixed_batch() -> tuple[torch.Tensor, list[DetDataSample]]:
     """Three images of three domains."""
     return images(3), [street_sample(), blood_sample(), yard_sample()]
@@ -247,6 +335,6 @@ def total_loss(losses: dict) -> torch.Tensor:
 
 def _merge(cfg: dict, head: dict, model: dict) -> dict:
     cfg = copy.deepcopy(cfg)
-    cfg['bbox_head'].update(head)
+    cfg['bbox_head' if 'bbox_head' in cfg else 'head'].update(head)
     cfg.update(model)
     return cfg

@@ -1,7 +1,8 @@
-"""Two gloo processes: constraints count the importance of both ranks, and wait for nobody.
+"""Two gloo processes: what a layer holds over the steps counts the items of both ranks.
 
-One spawn runs every scenario; each is also run in one process on both ranks' images together, which
-is what two ranks must amount to.
+Balancing constraints count importance, ReMoE the sparsity; neither waits for a rank's items.
+One spawn runs every scenario; each constraint is also run in one process on both ranks' images
+together, which is what two ranks must amount to.
 """
 
 import os
@@ -9,7 +10,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from moe_testlib import ToyFFN, topk_router, two_processes
+from moe_testlib import ToyFFN, moe_of, topk_router, two_processes
 from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +23,17 @@ STEPS = [(2, 2), (3, 1), (2, 2), (1, 3), (2, 2)]
 BALANCE = [
     dict(type='RelativeImportanceConstraint', threshold=0.2),
     dict(type='MeanImportanceConstraint', threshold=0.1),
+]
+#: Items of rank 0, whose every weight is positive, and of rank 1, whose every weight is zero; None:
+#: the layer does not run. With the steps of ReMoE's coefficient for E = 4 experts and a target of
+#: 1, that is a quarter of the weights.
+REMOE_STEPS = [
+    (1, 7, -1),  # 4 of 32 weights are positive; rank 0 alone would say +1
+    (3, 5, +1),  # 12 of 32; rank 1 alone would say -1
+    (2, 6, 0),  # 8 of 32
+    (1, 0, +1),  # 4 of 4: rank 1 has an empty batch
+    (None, 2, -1),  # 0 of 8
+    (None, None, 0),  # nothing was seen
 ]
 
 
@@ -87,12 +99,29 @@ def alone():
     return seen
 
 
+def train_remoe(rank):
+    """ReMoE's coefficient, from 1, after each step."""
+    router = dict(type='ReMoERouter', target=1, coefficient=1.0, factor=1.2)
+    layer, state = moe_of(ToyFFN(4), num_experts=4, router=router, granularity='token')
+    layer.router.gate.data = torch.eye(4)  # an item's logits are its channels
+    seen = []
+    for step in REMOE_STEPS:
+        state.begin(num_images=1, training=True)
+        items = step[rank]
+        if items is not None:
+            layer(torch.full((1, items, 4), 1.0 if rank == 0 else -1.0))
+        state.collect()
+        seen.append(layer.router.coefficient.item())
+    return seen
+
+
 def worker(rank, port, folder):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     dist.init_process_group('gloo', rank=rank, world_size=2, timeout=timedelta(minutes=4))
     kinds = ('plain', 'checkpointed', 'skipped', 'empty')
-    torch.save({kind: train(kind, rank) for kind in kinds}, f'{folder}/{rank}.pth')
+    result = {kind: train(kind, rank) for kind in kinds}
+    torch.save({**result, 'remoe': train_remoe(rank)}, f'{folder}/{rank}.pth')
     dist.destroy_process_group()
 
 
@@ -122,3 +151,13 @@ def test_a_rank_without_items_takes_part(ranks, kind):
     # Rank 1 had no item for this layer, and knows what rank 0 had.
     assert first['extra.balance.1.batches'].item() == 1
     assert first['extra.balance.0.relative'].abs().sum() > 0
+
+
+def test_remoe_moves_its_coefficient_by_the_sparsity_of_both_ranks(ranks):
+    expected, power = [], 0
+    for *_, sign in REMOE_STEPS:
+        power += sign
+        expected.append(pytest.approx(1.2**power, rel=1e-6))
+    # 1/1.2, 1, 1, 1.2, 1, 1
+    for result in ranks:
+        assert result['remoe'] == expected

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from moe_testlib import ToyFFN, moe_of, scatter_experts
+from moe_testlib import ToyFFN, learned_routers, moe_of, scatter_experts
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,41 +19,23 @@ DOMAINS = ['a', 'b', 'mixed', 'b']
 X = torch.randn(B, N, D, generator=torch.Generator().manual_seed(0))
 
 
-def plan():
+def plan(assignment):
     prototypes = dict(embedder={}, dimension=2, mean=MEANS, concentration=8.0)
-    return ExpertPlan.from_assignment(MIXED, prototypes=prototypes)
+    return ExpertPlan.from_assignment(assignment, prototypes=prototypes)
 
 
-ALL = {
-    'noisy': dict(type='TopKRouter', k=2, z_loss=0.1, jitter=0.1),
-    'cosine': dict(type='CosineRouter', projection=8),
-    'switch': dict(type='SwitchRouter', capacity_factor=1.0, prioritised=True),
-    'gshard': dict(type='GShardRouter', capacity_factor=1.0),
-    'expert-choice': dict(type='ExpertChoiceRouter'),
-    'sinkhorn': dict(type='SinkhornRouter'),
-    'sinkhorn-2': dict(type='SinkhornRouter', k=2, renormalize=True),
-    'base': dict(type='BASERouter', group_size=7),
-    'remoe': dict(type='ReMoERouter', coefficient=1.0),
-    'damex': dict(type='DAMEXRouter', plan=MIXED, router=dict(type='TopKRouter', k=2)),
-    'plan-prior': dict(type='PlanPriorRouter', plan=plan()),
-    'plan-prior-1': dict(type='PlanPriorRouter', plan=plan(), k=1),
-    'moe++': dict(type='MoEPPRouter', capacity_factor=2.0),
-    'soft': dict(type='SoftMoERouter', slots=2),
-}
+ALL = learned_routers(plan(MIXED))
+ONE_EXPERT = learned_routers(plan({'a': 'e0', 'b': 'e0', 'mixed': 'e0'}))
 #: Weights of every item sum to 1 and nothing is dropped: experts that are copies do as the dense.
 KEEP = {'noisy', 'sinkhorn-2', 'damex', 'plan-prior', 'plan-prior-1'}
-TAKES_PLAN = {'damex', 'plan-prior', 'plan-prior-1'}
 
 
 def layer_of(name, experts=E, seed=0, **spec):
     torch.manual_seed(seed)
     cfg = dict(ALL[name])
     if experts == 1:
+        cfg = dict(ONE_EXPERT[name])
         cfg.update({'k': 1} if 'k' in cfg or name in ('gshard', 'moe++') else {})
-        if name in TAKES_PLAN:
-            cfg['plan'] = ExpertPlan.from_assignment(
-                {'a': 'e0', 'b': 'e0', 'mixed': 'e0'}, prototypes=plan().prototypes
-            )
         if name == 'damex':
             cfg['router'] = dict(type='TopKRouter', k=1)
     spec.setdefault('granularity', 'token')

@@ -6,6 +6,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmdet_moe.moe import moe_layers, spread_first_expert_, spread_optimizer_state_
+from mmdet_moe.moe.layer import INDEPENDENT
 from mmdet_moe.registry import HOOKS
 
 from .unwrap import unwrapped_model
@@ -51,6 +52,12 @@ class DenseWarmupHook(Hook):
         model = unwrapped_model(runner)
         if not moe_layers(model):
             raise ValueError('DenseWarmupHook: the model has no MoE layers')
+        for name, layer in moe_layers(model).items():
+            if layer.noise == INDEPENDENT:
+                raise ValueError(
+                    f"DenseWarmupHook: noise='independent' at {name!r} would draw the experts anew "
+                    f'after the warm-up and lose it; give a number'
+                )
         _set_dense(model, runner.iter < self.dense_steps(runner))
 
     def before_train_iter(

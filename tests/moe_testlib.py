@@ -1,4 +1,4 @@
-"""What the tests of mmdet_moe.moe share."""
+"""What the tests of mmdet_moe.moe, and of the models that hold its layers, share."""
 
 from __future__ import annotations
 
@@ -25,6 +25,30 @@ def plan_router(plan: Any = None, **kwargs: Any) -> dict[str, Any]:
 
 def topk_router(**kwargs: Any) -> dict[str, Any]:
     return dict(type='TopKRouter', **kwargs)
+
+
+def learned_routers(plan: Any) -> dict[str, dict[str, Any]]:
+    """Every learned router by a short name, with options that make a small test tell something.
+
+    Args:
+        plan: For those that take one; with prototypes.
+    """
+    return {
+        'noisy': dict(type='TopKRouter', k=2, z_loss=0.1, jitter=0.1),
+        'cosine': dict(type='CosineRouter', projection=8),
+        'switch': dict(type='SwitchRouter', capacity_factor=1.0, prioritised=True),
+        'gshard': dict(type='GShardRouter', capacity_factor=1.0),
+        'expert-choice': dict(type='ExpertChoiceRouter'),
+        'sinkhorn': dict(type='SinkhornRouter'),
+        'sinkhorn-2': dict(type='SinkhornRouter', k=2, renormalize=True),
+        'base': dict(type='BASERouter', group_size=7),
+        'remoe': dict(type='ReMoERouter', coefficient=1.0),
+        'damex': dict(type='DAMEXRouter', plan=plan, router=dict(type='TopKRouter', k=2)),
+        'plan-prior': dict(type='PlanPriorRouter', plan=plan),
+        'plan-prior-1': dict(type='PlanPriorRouter', plan=plan, k=1),
+        'moe++': dict(type='MoEPPRouter', capacity_factor=2.0),
+        'soft': dict(type='SoftMoERouter', slots=2),
+    }
 
 
 def moe_of(
