@@ -28,7 +28,7 @@ class FitReport:
     """What :func:`fit_checkpoint` did.
 
     Attributes:
-        rows: Parameters with class rows that were rearranged, by their key in the checkpoint.
+        rows: Parameters with class rows that were rearranged, by their key in the dense model.
         copied: Unified classes whose rows the checkpoint had, by name.
         reinitialised: Unified classes that keep the model's own initialisation.
         upcycled: MoE layers that the checkpoint holds as dense modules.
@@ -54,10 +54,11 @@ def fit_checkpoint(
 ) -> tuple[dict[str, Tensor], FitReport]:
     """A state dict that loads into ``model``, from that of a dense or MoE model.
 
-    Keys of dense modules stay as they are, but for modules that have other names than mmdet's
-    (``rename_dense_keys``): MoE layers spread them over their experts when they load. Rows of class parameters (``model.class_rows()``) go to the unified class of the same
-    name; rows of classes that the checkpoint lacks, or all where it names no classes and has
-    another number of them, are the model's own.
+    Keys of dense modules stay as they are, but for modules that name their parts otherwise than
+    mmdet (``rename_dense_keys``): MoE layers spread them over their experts when they load. Rows of
+    class parameters (``model.class_rows()``) go to the unified class of the same name; rows of
+    classes that the checkpoint lacks, or all where it names no classes and has another number of
+    them, are the model's own.
 
     Args:
         model: A model of :class:`~mmdet_moe.models.moe_mixin.MoEMixin`.

@@ -42,7 +42,7 @@ class ProbabilityMoELayer(MoELayer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        if self.residual or options.get('bypass'):
+        if self.residual or options.get('bypass') is not None:
             raise ValueError(
                 f'MoE layer {self.name!r} mixes probabilities: a {self.dense_type} that adds its '
                 f"output to something else can only be mixed as it is (mix='logit')"
