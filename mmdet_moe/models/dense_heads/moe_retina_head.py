@@ -149,4 +149,5 @@ def retina_subnet(module: RetinaSubnet) -> Target:
 def sigmoid_logits(module: nn.Module) -> Target:
     """A module as ever, but that its experts are mixed after the sigmoid."""
     module.gives_sigmoid_logits = False  # what remains is an ordinary module
-    return replace(describe_target(module), layer=ProbabilityMoELayer)
+    target = describe_target(module)
+    return replace(target, layer=ProbabilityMoELayer, granularities=('image',))
