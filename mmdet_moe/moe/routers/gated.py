@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdet_moe.moe.routers.base import Router
-from mmdet_moe.moe.routing import Routing, RoutingContext
+from mmdet_moe.moe.routing import Routing, RoutingContext, group_starts
 
 KINDS = ('linear', 'cosine', 'conv')
 ACTIVATIONS = {'relu': F.relu}
@@ -219,8 +219,8 @@ class SelectingRouter(GatedRouter):
             the balance losses.
         capacity_factor: c in training; None: dropless.
         test_capacity_factor: c in evaluation; None: dropless.
-        prioritised: Over the capacity, keep the items of largest weight (batch-prioritised
-            routing) and not those that come first.
+        prioritised: Over the capacity, keep the items whose first choice has the largest
+            probability (batch-prioritised routing) and not those that come first.
         options: Of :class:`GatedRouter`.
 
     Source: capacity: Lepikhin et al. 2021 (GShard, arXiv 2006.16668), algorithm 1; priority:
@@ -284,11 +284,15 @@ class SelectingRouter(GatedRouter):
             indices: (T, k) the experts.
             context: Tells training from evaluation.
             dropping: Whether ``indices`` has negative entries already.
-            record: Further arguments of ``Routing.from_topk``.
+            record: Further arguments of ``Routing.from_topk``; ``probabilities`` among them.
         """
         capacity = self.capacity(indices.shape[0], context.training)
         if capacity is not None:
-            priority = weights.detach().amax(1) if self.prioritised else None
+            priority = None
+            if self.prioritised:
+                # The gate's own word: renormalised weights of one choice are all 1.
+                gates = record['probabilities'].detach()
+                priority = gates.gather(1, indices[:, :1]).squeeze(1)
             indices = drop_over_capacity(indices, capacity, self.num_experts, priority)
             dropping = True
         return Routing.from_topk(weights, indices, self.num_experts, dropping=dropping, **record)
@@ -352,14 +356,11 @@ def drop_over_capacity(
     order = None if priority is None else priority.argsort(descending=True, stable=True)
     ranked = indices if order is None else indices[order]
     queue = ranked.t().reshape(-1)  # first choices, then second ones
-    by_expert = queue.argsort(stable=True)
-    # Dropped ones (-1) are counted as group 0, expert e as group e + 1.
-    group = queue[by_expert].clamp(min=-1) + 1
-    counts = torch.bincount(group, minlength=num_experts + 1)
+    # Dropped ones are group 0, expert e is group e + 1.
+    group, by_expert = (queue.clamp(min=-1) + 1).sort(stable=True)
+    starts = group_starts(group, num_experts + 1)
     place = torch.empty_like(queue)
-    place[by_expert] = torch.arange(queue.numel(), device=queue.device) - (
-        counts.cumsum(0) - counts
-    ).index_select(0, group)
+    place[by_expert] = torch.arange(queue.numel(), device=queue.device) - starts[group]
     if isinstance(capacity, Tensor):
         capacity = capacity.index_select(0, queue.clamp(min=0))
     kept = torch.where(place < capacity, queue, -1).view(k, num_items).t()
