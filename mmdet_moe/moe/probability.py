@@ -31,7 +31,8 @@ class ProbabilityMoELayer(MoELayer):
     digits (:func:`mixed_logits`): experts that are copies of one module give what it gave.
 
     Args:
-        As :class:`~mmdet_moe.moe.layer.MoELayer`; experts give one tensor of logits.
+        As :class:`~mmdet_moe.moe.layer.MoELayer`; experts give one tensor of logits. Within the
+            layer a hook makes :math:`\sigma(f)` and :math:`\sigma(-f)` of it.
 
     Raises:
         ValueError: If the experts' outputs are added to something, which logits of a mixture

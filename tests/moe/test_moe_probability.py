@@ -11,7 +11,7 @@ from moe_testlib import scatter_experts
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_moe.moe import ProbabilityMoELayer, RoutingState, mixed_logits
+from mmdet_moe.moe import ProbabilityMoELayer, RoutingContext, RoutingState, mixed_logits
 
 
 def layer_of(module=None, *, router=None, experts=3, state=None, **options):
@@ -86,7 +86,8 @@ def test_layer_mixes_its_experts_as_probabilities():
     x = torch.randn(4, 2, 3, 3)
     layer.state.begin(num_images=4)
     got = layer(x)
-    routing = layer.router(x.mean((2, 3)), context_of(layer, x))
+    context = RoutingContext(state=layer.state, num_items=4, training=False)
+    routing = layer.router(x.mean((2, 3)), context)
     weights = torch.zeros(4, 3)
     experts = torch.repeat_interleave(torch.arange(3), torch.tensor(routing.counts))
     weights[routing.items, experts] = routing.weights.detach()
@@ -95,12 +96,6 @@ def test_layer_mixes_its_experts_as_probabilities():
         yes = [expert(x[b : b + 1])[0] for expert in layer.experts]
         p = sum(w * score for w, score in zip(weights[b], yes, strict=True))
         torch.testing.assert_close(got[b : b + 1].sigmoid(), p)
-
-
-def context_of(layer, x):
-    from mmdet_moe.moe import RoutingContext
-
-    return RoutingContext(state=layer.state, num_items=len(x), training=False)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -145,6 +140,19 @@ def test_copies_shared_experts_and_the_dense_warm_up_keep_the_rule():
         layer.state.begin(num_images=4, training=True)
         layer.state.dense = warm_up
         torch.testing.assert_close(layer(x), dense(x), rtol=1e-5, atol=1e-5)
+
+
+def test_dropped_items_have_probability_zero():
+    router = dict(type='TopKRouter', k=1, noise=False, renormalize=True, capacity_factor=0.25)
+    layer = layer_of(router=router).train()
+    with torch.no_grad():
+        layer.router.gate.zero_()  # all to one expert, which takes ceil(0.25 * 4 / 3) = 1 of 4
+    layer.state.begin(num_images=4, training=True)
+    y = layer(torch.randn(4, 2, 3, 3))
+    assert (y[0].abs() < 10).all()
+    torch.testing.assert_close(y[1:], torch.full((3, 2, 3, 3), math.log(1e-30)))
+    y.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
 
 
 def test_experts_whose_output_is_added_to_something_are_refused():
