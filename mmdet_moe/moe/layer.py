@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -154,6 +154,8 @@ class MoELayer(nn.Module):
         self.noise_seed = noise_seed
         self.dense_type = dense_type or type(experts[0]).__name__
         self._sync_checked = False
+        #: What :func:`~mmdet_moe.moe.forced_routing` makes of the router's decisions.
+        self.forced: Callable[[Routing | SlotRouting], Routing] | None = None
         for module in self._copies().modules():
             if isinstance(module, _BatchNorm):
                 module.register_forward_pre_hook(_running_statistics_for_one_value)
@@ -220,6 +222,8 @@ class MoELayer(nn.Module):
         )
         features = self._features(items) if self.router.needs_features else None
         routing = self.router(features, context)
+        if self.forced is not None:
+            routing = self.forced(routing)
         losses = self._account(routing, context)
 
         def per_item(key: int | str, value: Any) -> bool:
@@ -282,6 +286,8 @@ class MoELayer(nn.Module):
                 weight = routing.importance()
             stats = {'weight': weight, 'count': torch.tensor(routing.counts)}
             self.state.add_stats(self.name, {**stats, **routing.stats})
+            for observer in self.state.observers:
+                observer(self.name, routing, context)
         return losses
 
     def _is_per_item(self, key: int | str, value: Tensor, items: Tensor) -> bool:
