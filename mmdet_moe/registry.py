@@ -5,8 +5,8 @@ then in mmengine; nobody has to import modules by hand (``locations`` does). mme
 the locations of the registry it was asked through, not those of its parents, so mmdet's are listed
 too; and it warns about every registry that has no child of the default scope, so each has one.
 
-Under another default scope (mmpretrain's) ours are called ``mmdet_moe.<type>``. mmengine looks such a
-scope up among the children of the root only, so each registry stands there too.
+Under another default scope (mmpretrain's) ours are called ``mmdet_moe.<type>``. mmengine looks such
+a scope up among the children of the root only, so each registry stands there too.
 """
 
 from mmdet import registry as mmdet_registry
