@@ -7,6 +7,7 @@ for what can be replaced, and names of what must not be.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from mmcv.cnn import ConvModule, Linear
 from mmcv.cnn.bricks.transformer import FFN
@@ -16,6 +17,14 @@ from torch import nn
 
 from mmdet_moe.moe import Target, register_target, register_unsafe
 from mmdet_moe.moe.grouped import CHAINS, LINEARS, register_chain
+from mmdet_moe.moe.layer import MAP_GRANULARITIES
+
+#: Stages of mmdet's ResNet, and of mmpretrain's where it is installed.
+STAGES: tuple[type[nn.Module], ...] = (ResLayer,)
+if find_spec('mmpretrain'):
+    from mmpretrain.models.backbones.resnet import ResLayer as ClassifierResLayer
+
+    STAGES += (ClassifierResLayer,)
 
 
 @register_target(lambda module: isinstance(module, FFN))
@@ -54,14 +63,18 @@ def ffn_chain(module: FFN) -> Sequence[nn.Module]:
 @register_target(lambda module: isinstance(module, ConvModule))
 def conv_module(module: ConvModule) -> Target:
     """mmcv's ``ConvModule`` (convolution, norm, activation) on (B, C, H, W)."""
-    return Target(module, in_channels=module.in_channels, channel_dim=1, granularities=('image',))
+    return Target(
+        module, in_channels=module.in_channels, channel_dim=1, granularities=MAP_GRANULARITIES
+    )
 
 
-@register_target(lambda module: isinstance(module, ResLayer))
-def res_layer(module: ResLayer) -> Target:
-    """A stage of mmdet's ``ResNet`` (``backbone.layer3``) on (B, C, H, W)."""
+@register_target(lambda module: isinstance(module, STAGES))
+def res_layer(module: nn.Module) -> Target:
+    """A stage of mmdet's or mmpretrain's ``ResNet`` (``backbone.layer3``) on (B, C, H, W)."""
     first = next(part for part in module.modules() if isinstance(part, nn.Conv2d))
-    return Target(module, in_channels=first.in_channels, channel_dim=1, granularities=('image',))
+    return Target(
+        module, in_channels=first.in_channels, channel_dim=1, granularities=MAP_GRANULARITIES
+    )
 
 
 register_unsafe(

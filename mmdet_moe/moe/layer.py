@@ -16,15 +16,23 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mmdet_moe.moe.balance import BalanceLoss
 from mmdet_moe.moe.dispatch import _map_trees, run_experts
+from mmdet_moe.moe.patches import Patches
 from mmdet_moe.moe.registry import BALANCE, build_router
 from mmdet_moe.moe.routers import Router
 from mmdet_moe.moe.routing import Routing, RoutingContext
+from mmdet_moe.moe.sharing import SHARES, image_features, let_go_of_graphs, shared_routing
 from mmdet_moe.moe.soft import SlotRouting, run_slots
 from mmdet_moe.moe.state import RoutingState
 
 GRANULARITIES = ('token', 'image')
+#: What modules on maps (B, C, H, W) can do.
+MAP_GRANULARITIES = ('image', 'patch')
+#: As ``noise``: experts are fresh draws.
+INDEPENDENT = 'independent'
+#: Last parts of the keys of running statistics.
+RUNNING = ('running_mean', 'running_var', 'num_batches_tracked')
 #: Children of a MoE layer; every other key below its name belongs to the dense module.
-OWN_CHILDREN = ('experts', 'router', 'balance', 'shared')
+OWN_CHILDREN = ('experts', 'router', 'balance', 'shared', 'bypass')
 
 
 class MoELayer(nn.Module):
@@ -39,10 +47,12 @@ class MoELayer(nn.Module):
 
     so that experts and shared experts that are copies of one dense module compute what it did.
 
+    With a bypass D the layer is residual, :math:`D(x_t)` is added to the above.
+
     Call it as the dense module: further arguments are handed to the experts.
 
     State dict: ``experts.<e>.<key of the dense module>``, ``shared.<s>.<the same>``, ``router.*``,
-    ``balance.*``. The keys of the dense module itself load too: into every expert.
+    ``balance.*``, ``bypass.*``. The keys of the dense module itself load too: into every expert.
 
     Args:
         experts: E modules with equal interfaces.
@@ -51,7 +61,8 @@ class MoELayer(nn.Module):
             yourself).
         granularity: 'image': the items are the B entries of dimension 0 (maps (B, C, H, W),
             sequences (B, N, d), vectors (B, d)); what the router sees is their mean over places.
-            'token': the items are all d-vectors along the last dimension. None: the router's
+            'token': the items are all d-vectors along the last dimension. 'patch': the items are
+            the patches of each map, see :mod:`mmdet_moe.moe.patches`. None: the router's
             preference, else ``default_granularity``.
         default_granularity: What suits the experts.
         granularities: Those the experts can do.
@@ -67,11 +78,20 @@ class MoELayer(nn.Module):
         residual: The dense module adds its ``identity`` argument (by default its input) to what it
             computes; the experts do not, and the layer does it once, whatever the weights sum to.
         noise: Symmetry-breaking noise of upcycling, as a share of each parameter's standard
-            deviation. See :mod:`mmdet_moe.moe.upcycle`.
+            deviation, or 'independent' for fresh draws. See :mod:`mmdet_moe.moe.upcycle`.
         noise_seed: Its seed.
         dense_type: Name of the dense module's class, for messages.
         shared: S further modules beside the experts, which every item takes.
         shared_weight: v, where there are any.
+        patches: How maps are cut, where the granularity is 'patch'.
+        bypass: D.
+        frozen_norms: Keep the batch norms of the experts in evaluation mode, in training too.
+        altered: In what the experts differ from the dense module, for messages; empty: in nothing.
+        share: 'call' or 'image' where the router is one of several layers, see
+            :mod:`mmdet_moe.moe.sharing`.
+        leader: The layer that owns that router; None: this one. ``router`` and ``balance`` are
+            ignored then.
+        image_size: Sides that the input images are pooled to, if larger, with ``share='image'``.
 
     Raises:
         ValueError: If the pieces do not fit.
@@ -93,11 +113,18 @@ class MoELayer(nn.Module):
         per_item_args: Sequence[int | str] = (),
         shared_args: Sequence[int | str] = (),
         residual: bool = False,
-        noise: float = 0.0,
+        noise: float | str = 0.0,
         noise_seed: int = 0,
         dense_type: str | None = None,
         shared: Sequence[nn.Module] = (),
         shared_weight: float = 0.5,
+        patches: Patches | None = None,
+        bypass: nn.Module | None = None,
+        frozen_norms: bool = False,
+        altered: str = '',
+        share: str | None = None,
+        leader: MoELayer | None = None,
+        image_size: int = 64,
     ) -> None:
         super().__init__()
         if not experts:
@@ -111,10 +138,24 @@ class MoELayer(nn.Module):
         self.experts = nn.ModuleList(experts)
         self.shared = nn.ModuleList(shared)
         self.shared_weight = shared_weight
-        defaults: dict[str, Any] = {'num_experts': len(experts)}
-        if in_channels is not None:
-            defaults['in_channels'] = in_channels
-        self.router: Router = build_router(router, **defaults)
+        self.bypass = bypass
+        self.router: Router
+        self.balance: nn.ModuleList
+        if share is not None and share not in SHARES:
+            raise ValueError(f'MoE layer {name!r}: share must be one of {SHARES}, got {share!r}')
+        self.share = share
+        self.image_size = image_size
+        if leader is None:
+            defaults: dict[str, Any] = {'num_experts': len(experts)}
+            if share == 'image':
+                in_channels = 3
+            if in_channels is not None:
+                defaults['in_channels'] = in_channels
+            self.router = build_router(router, **defaults)
+        else:
+            # Past nn.Module, which would take them for this layer's own.
+            self.__dict__['router'] = leader.router
+            self.__dict__['balance'] = leader.balance
         if self.router.num_experts != len(experts):
             raise ValueError(
                 f'MoE layer {name!r} has {len(experts)} experts, its router '
@@ -132,19 +173,41 @@ class MoELayer(nn.Module):
                 f'MoE layer {name!r}: {type(self.router).__name__} routes by {tuple(suited)}, not '
                 f'by {granularity!r}'
             )
+        on_maps = granularity != 'token' and channel_dim in (None, 1)
+        if granularity == 'patch' and not (on_maps and patches is not None):
+            raise ValueError(
+                f"MoE layer {name!r}: granularity 'patch' needs maps (B, C, H, W) and a grid"
+            )
+        if share == 'image' and granularity != 'image':
+            raise ValueError(
+                f"MoE layer {name!r}: share_router='image' decides once per image, the granularity "
+                f'is {granularity!r}'
+            )
+        if self.router.needs_maps and share != 'image' and not on_maps:
+            raise ValueError(
+                f'MoE layer {name!r}: the conv gate of {type(self.router).__name__} needs maps '
+                f'(B, C, H, W), the items of a {dense_type or type(experts[0]).__name__} by '
+                f"{granularity!r} are none; use kind='linear'"
+            )
         self.granularity = granularity
-        losses: list[BalanceLoss] = [
-            BALANCE.build(loss, num_experts=len(experts)) for loss in balance
-        ]
-        self.balance = nn.ModuleList(losses)
-        for loss in losses:
-            if not self.router.learned:
-                raise ValueError(
-                    f'MoE layer {name!r}: {type(loss).__name__} has nothing to act on, '
-                    f'{type(self.router).__name__} learns nothing'
-                )
-            loss.check(self.router)
-        if noise < 0:
+        self.patches = patches
+        if leader is None:
+            losses: list[BalanceLoss] = [
+                BALANCE.build(loss, num_experts=len(experts)) for loss in balance
+            ]
+            self.balance = nn.ModuleList(losses)
+            for loss in losses:
+                if not self.router.learned:
+                    raise ValueError(
+                        f'MoE layer {name!r}: {type(loss).__name__} has nothing to act on, '
+                        f'{type(self.router).__name__} learns nothing'
+                    )
+                loss.check(self.router)
+        if isinstance(noise, str) and noise != INDEPENDENT:
+            raise ValueError(
+                f'MoE layer {name!r}: noise must be a number or {INDEPENDENT!r}, got {noise!r}'
+            )
+        if not isinstance(noise, str) and noise < 0:
             raise ValueError(f'MoE layer {name!r}: noise must be >= 0, got {noise}')
         self.channel_dim = channel_dim
         self.per_item_args = frozenset(per_item_args)
@@ -153,15 +216,18 @@ class MoELayer(nn.Module):
         self.noise = noise
         self.noise_seed = noise_seed
         self.dense_type = dense_type or type(experts[0]).__name__
+        self.frozen_norms = frozen_norms
+        self.altered = altered
         self._sync_checked = False
         #: What :func:`~mmdet_moe.moe.forced_routing` makes of the router's decisions.
         self.forced: Callable[[Routing | SlotRouting], Routing] | None = None
-        for module in self._copies().modules():
+        for module in self._with_statistics().modules():
             if isinstance(module, _BatchNorm):
                 module.register_forward_pre_hook(_running_statistics_for_one_value)
                 module.register_forward_hook(_own_statistics_again)
         self._register_members()
         self.router.attach(self)
+        self._rest_frozen_norms()
 
     @property
     def num_experts(self) -> int:
@@ -172,17 +238,45 @@ class MoELayer(nn.Module):
         """Every module that starts as a copy of the dense one: experts, then shared experts."""
         return nn.ModuleList([*self.experts, *self.shared])
 
+    def _with_statistics(self) -> nn.ModuleList:
+        """What may hold norms with running statistics."""
+        return nn.ModuleList([*self._copies(), *([] if self.bypass is None else [self.bypass])])
+
+    @property
+    def owns_router(self) -> bool:
+        """Whether router and balance losses are this layer's, not another's that shares them."""
+        return 'router' in self._modules
+
+    def settle(self, state: RoutingState) -> None:
+        """The forward is over."""
+        let_go_of_graphs(self, state)
+
+    def train(self, mode: bool = True) -> MoELayer:
+        """As ever; frozen norms stay in evaluation mode."""
+        super().train(mode)
+        self._rest_frozen_norms()
+        return self
+
+    def _rest_frozen_norms(self) -> None:
+        if self.frozen_norms:
+            for module in self._copies().modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+
     def _register_members(self) -> None:
         """Let the state settle what moves once per forward, in an order equal on every rank."""
         # A router may hold another (DAMEX).
         for member in (*self.router.modules(), *self.balance):
             if hasattr(member, 'settle'):
                 self.state.register(member)
+        if self.share is not None:
+            self.state.register(self)
 
     @property
     def keeps_dense_function(self) -> bool:
         """Whether upcycled experts compute what the dense module did."""
-        return self.router.keeps_dense_function and not self.noise
+        same = not self.noise and not self.altered and self.bypass is None
+        return self.router.keeps_dense_function and same
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Route, run, combine.
@@ -199,6 +293,7 @@ class MoELayer(nn.Module):
             identity, args, kwargs = _take_identity(x, args, kwargs)
         if self.training and self.state.dense:
             out = self.experts[0](x, *args, **kwargs)
+            out = out if self.bypass is None else self.bypass(x) + out
             return out if identity is None else identity + out
         shape = x.shape
         per_image = 1
@@ -208,6 +303,10 @@ class MoELayer(nn.Module):
             args = tuple(self._flatten(i, value, x) for i, value in enumerate(args))
             kwargs = {key: self._flatten(key, value, x) for key, value in kwargs.items()}
             items = x.reshape(-1, shape[-1])
+        elif self.patches is not None:
+            per_image = self.patches.per_image
+            self._refuse_per_item_args(x, args, kwargs)
+            items = self.patches.cut(x)
         else:
             items = x
         context = RoutingContext(
@@ -220,11 +319,10 @@ class MoELayer(nn.Module):
             layer=self.name,
             balance=tuple(self.balance),
         )
-        features = self._features(items) if self.router.needs_features else None
-        routing = self.router(features, context)
+        routing, decided = self._route(x, items, context)
         if self.forced is not None:
             routing = self.forced(routing)
-        losses = self._account(routing, context)
+        losses = self._account(routing, context, decided)
 
         def per_item(key: int | str, value: Any) -> bool:
             return isinstance(value, Tensor) and self._is_per_item(key, value, items)
@@ -244,12 +342,37 @@ class MoELayer(nn.Module):
             if len(self.shared) and items.shape[0]:
                 own = [expert(items, *args, **kwargs) for expert in self.shared]
                 out = _mix_shared(out, own, self.shared_weight)
+            if self.patches is not None:
+                out = self.patches.join(out, x)
+            if self.bypass is not None:
+                out = self.bypass(x) + out
         out = self.state.attach(out, losses)
         if self.granularity == 'token' and x.ndim != 2:
             out = out.reshape(*shape[:-1], out.shape[-1])
         return out if identity is None else identity + out
 
     # Parts of forward
+
+    def _route(
+        self, x: Tensor, items: Tensor, context: RoutingContext
+    ) -> tuple[Routing | SlotRouting, bool]:
+        """The routing, and whether it was decided here (and not in a layer that shares it)."""
+
+        def decide() -> Any:
+            features = None
+            if self.share == 'image':
+                context.num_images  # noqa: B018 - raises where the items are not the images
+                features = image_features(
+                    self.state.images, self.image_size, self.router.needs_maps, self.name
+                )
+            elif self.router.needs_features:
+                seen = items if self.patches is None else self.patches.cut_bare(x)
+                features = seen if self.router.needs_maps else self._features(seen)
+            return self.router(features, context)
+
+        if self.share is None:
+            return decide(), True
+        return shared_routing(self, tuple(x.shape), context, decide)
 
     def _features(self, items: Tensor) -> Tensor:
         """(T, d) what the router sees: the mean over each item's places."""
@@ -264,9 +387,12 @@ class MoELayer(nn.Module):
         return items.mean(places)
 
     def _account(
-        self, routing: Routing | SlotRouting, context: RoutingContext
+        self, routing: Routing | SlotRouting, context: RoutingContext, decided: bool
     ) -> dict[str, Tensor]:
-        """Leave losses and statistics in the state; the losses, for the recomputation."""
+        """Leave losses and statistics in the state; the losses, for the recomputation.
+
+        A decision taken by another layer has its losses there.
+        """
         experts = self.num_experts + len(self.router.extra_experts)
         if routing.num_items != context.num_items or routing.num_experts != experts:
             raise ValueError(
@@ -275,7 +401,7 @@ class MoELayer(nn.Module):
                 f'{context.num_items} and {experts}'
             )
         losses: dict[str, Tensor] = {}
-        if self.training:
+        if self.training and decided:
             losses.update(routing.losses)
             for loss in context.balance:
                 for key, value in loss(routing, context).items():
@@ -306,6 +432,14 @@ class MoELayer(nn.Module):
                 f'one entry per item (input {tuple(x.shape)})? Name it in per_item_args or in '
                 f'shared_args'
             )
+
+    def _refuse_per_item_args(self, x: Tensor, args: Sequence[Any], kwargs: Any) -> None:
+        for key, value in [*enumerate(args), *kwargs.items()]:
+            if isinstance(value, Tensor) and self._is_per_item(key, value, x):
+                raise ValueError(
+                    f'MoE layer {self.name!r}: argument {key!r} has one entry per image, which '
+                    f'cannot be cut into patches'
+                )
 
     def _flatten(self, key: int | str, value: Any, x: Tensor) -> Any:
         if not isinstance(value, Tensor) or key in self.shared_args:
@@ -423,22 +557,36 @@ def expand_dense_keys(layer: MoELayer, state_dict: dict[str, Any], prefix: str) 
     values = {key[len(prefix) :]: state_dict.pop(key) for key in dense}
     for place, expert in copies_of(layer).items():
         targets = dict(expert.state_dict(keep_vars=True))
+        noisy = noisy_parameters(expert, layer.noise)
         for key, value in values.items():
             target = targets.get(key)
             shape = getattr(value, 'shape', None)
             if isinstance(target, Tensor) and shape is not None and target.shape != shape:
                 raise ValueError(
                     f'{prefix}{key}: the dense checkpoint has shape {tuple(shape)}, the experts '
-                    f'{tuple(target.shape)}'
+                    f'{tuple(target.shape)}{why_unlike(layer)}'
                 )
-            if layer.noise and isinstance(target, nn.Parameter):
+            if target is None and layer.altered and key.rpartition('.')[2] in RUNNING:
+                continue  # a group norm in the place of a batch norm keeps no statistics
+            if layer.noise and key in noisy:
                 seed_key = noise_key(layer, place, key)
                 value = disturbed(value, layer.noise, layer.noise_seed, seed_key)
             state_dict[f'{prefix}{place}.{key}'] = value
-    for child in ('router', 'balance'):
-        for key, value in getattr(layer, child).state_dict().items():
+    for child in ('router', 'balance', 'bypass'):
+        module = layer._modules.get(child)
+        for key, value in {} if module is None else module.state_dict().items():
             state_dict.setdefault(f'{prefix}{child}.{key}', value)
     return True
+
+
+def why_unlike(layer: MoELayer) -> str:
+    """The end of a message about a dense tensor that does not fit the experts."""
+    if not layer.altered:
+        return ''
+    return (
+        f': {layer.altered}, so a dense checkpoint cannot fill them. Train from scratch, load a '
+        f'checkpoint of this MoE model, or leave width out'
+    )
 
 
 def copies_of(layer: MoELayer) -> dict[str, nn.Module]:
@@ -452,8 +600,21 @@ def noise_key(layer: MoELayer, place: str, key: str) -> str:
     return f'{layer.name}.{place.removeprefix("experts.")}.{key}'
 
 
-def disturbed(value: Tensor, noise: float, seed: int, key: str) -> Tensor:
-    """``value`` plus normal noise of ``noise`` times its own standard deviation.
+def noisy_parameters(expert: nn.Module, noise: float | str) -> set[str]:
+    """The parameters that noise goes to: all, but those of norms where experts are fresh draws."""
+    if noise != INDEPENDENT:
+        return {key for key, _ in expert.named_parameters()}
+    return {
+        f'{name}.{key}' if name else key
+        for name, module in expert.named_modules()
+        if not isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm))
+        for key, _ in module.named_parameters(recurse=False)
+    }
+
+
+def disturbed(value: Tensor, noise: float | str, seed: int, key: str) -> Tensor:
+    """``value`` plus normal noise of ``noise`` times its own standard deviation; with
+    'independent' a normal draw of its mean and standard deviation.
 
     The same on every rank and machine for the same seed and key. A constant tensor (a zero bias)
     stays.
@@ -463,6 +624,9 @@ def disturbed(value: Tensor, noise: float, seed: int, key: str) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(f'{seed}:{key}'.encode()))
     sample = torch.randn(value.shape, generator=generator, dtype=torch.float32)
     std = value.detach().float().std()
+    if isinstance(noise, str):
+        mean = value.detach().float().mean()
+        return (mean + sample.to(value.device) * std).to(value.dtype)
     return value + (sample.to(value.device) * (noise * std)).to(value.dtype)
 
 
@@ -512,7 +676,7 @@ def _frozen_statistics(layer: MoELayer) -> Iterator[None]:
     """Let batch norms compute what they did, without moving their running statistics again."""
     norms = [
         m
-        for m in layer._copies().modules()
+        for m in layer._with_statistics().modules()
         if isinstance(m, _NormBase) and m.training and m.track_running_stats
     ]
     kept = [(m, m.momentum, m._buffers.get('num_batches_tracked')) for m in norms]

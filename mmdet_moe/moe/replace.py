@@ -11,8 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from mmdet_moe.moe.experts import FROZEN, change_norms, geometry, make_bypass, narrow_, norm_groups
 from mmdet_moe.moe.layer import MoELayer, moe_layers
+from mmdet_moe.moe.patches import Patches
 from mmdet_moe.moe.registry import ROUTERS
+from mmdet_moe.moe.routers import Router
 from mmdet_moe.moe.state import RoutingState
 from mmdet_moe.moe.targets import Target, describe_target, why_unsafe
 
@@ -20,6 +23,13 @@ from mmdet_moe.moe.targets import Target, describe_target, why_unsafe
 OPTIONS = (
     'num_experts',
     'granularity',
+    'grid',
+    'halo',
+    'share_router',
+    'image_size',
+    'width',
+    'bypass',
+    'expert_norm',
     'balance',
     'noise',
     'noise_seed',
@@ -63,7 +73,18 @@ def replace_modules(
             * ``targets``: regular expression, or a list of them, for the *whole* module name;
             * ``router``: dict of a router, e.g. ``dict(type='PlanRouter', plan='plan.json')``;
             * ``num_experts``: E (with a PlanRouter the plan's, unless given to be checked);
-            * ``granularity``: 'token' or 'image'; by default the router's or the target's own;
+            * ``granularity``: 'token', 'image' or 'patch'; by default the router's or the target's
+              own; ``grid``: g of 'patch', and ``halo``: the places around a patch that its experts
+              see, by default all that its outputs depend on;
+            * ``share_router``: 'call' or 'image': all layers of the spec have one router, see
+              :mod:`mmdet_moe.moe.sharing`; with 'image' the sides of what it sees are at most
+              ``image_size`` (64);
+            * ``width``: 'iso', a number or a share: narrow experts, see
+              :func:`~mmdet_moe.moe.experts.narrow_`;
+            * ``bypass``: True for the residual form, see
+              :func:`~mmdet_moe.moe.experts.make_bypass`;
+            * ``expert_norm``: 'frozen' keeps the experts' batch norms in evaluation mode and their
+              parameters fixed, ``dict(type='GN', num_groups=n)`` puts group norms in their places;
             * ``balance``: list of balance losses;
             * ``shared_experts``: number of experts beside the routed ones that every item takes,
               and ``shared_weight``, the weight of their mean (0.5; the routed ones get the rest);
@@ -92,7 +113,13 @@ def replace_modules(
     checked = [_checked_spec(spec, i) for i, spec in enumerate(specs)]
     places = _find_places(model, checked)
     # Build all before touching the model, so that an error leaves it as it was.
-    layers = [_build(place, state) for place in places]
+    layers: list[MoELayer] = []
+    leaders: dict[int, MoELayer] = {}
+    for place in places:
+        layer = _build(place, state, leaders.get(id(place.spec)))
+        layers.append(layer)
+        if layer.share is not None:
+            leaders.setdefault(id(place.spec), layer)
     for place, layer in zip(places, layers, strict=True):
         for parent, child in place.parents:
             setattr(parent, child, layer)
@@ -211,36 +238,23 @@ def _no_match(pattern: str, names: Sequence[str], index: int) -> str:
     return f'MoE spec {index}: no module is called {pattern!r}{partly}; {near}'
 
 
-def _build(place: _Place, state: RoutingState) -> MoELayer:
+def _build(place: _Place, state: RoutingState, leader: MoELayer | None) -> MoELayer:
     spec, kind = place.spec, type(place.module).__name__
     # An adapter may change the module it is given: it gets a copy, and the original's tensors.
     target = describe_target(_sharing_copy(place.module), place.name)
-    num_experts = spec.get('num_experts')
-    router_cfg = dict(spec['router']) if isinstance(spec['router'], Mapping) else spec['router']
     in_channels = spec.get('in_channels', target.in_channels)
-    defaults = {'num_experts': num_experts, 'in_channels': in_channels}
-    defaults = {key: value for key, value in defaults.items() if value is not None}
-    try:
-        router = ROUTERS.build(router_cfg, **defaults)
-    except TypeError as error:
-        missing = [key for key in ('num_experts', 'in_channels') if f"'{key}'" in str(error)]
-        if missing and 'missing' in str(error):
-            raise TypeError(f'MoE target {place.name!r}: give {missing} in the spec') from None
-        raise
-    if isinstance(spec['router'], nn.Module):
-        router = copy.deepcopy(router)
-    if num_experts is not None and router.num_experts != num_experts:
-        raise ValueError(
-            f'MoE target {place.name!r}: num_experts={num_experts}, but its router has '
-            f'{router.num_experts}'
-        )
+    router = leader.router if leader is not None else _build_router(place, in_channels)
     shared = spec.get('shared_experts', 0)
     if not isinstance(shared, int) or shared < 0:
         raise ValueError(
             f'MoE target {place.name!r}: shared_experts must be a number >= 0, got {shared!r}'
         )
-    experts = [target.module]
-    experts += [copy.deepcopy(target.module) for _ in range(router.num_experts - 1 + shared)]
+    # Of the dense module: what changes below keeps its shape.
+    bypass = make_bypass(target.module, in_channels, place.name) if spec.get('bypass') else None
+    patches = _patches(place, target, in_channels)
+    expert, altered = _alter(place, target.module, in_channels, router, shared)
+    experts = [expert]
+    experts += [copy.deepcopy(expert) for _ in range(router.num_experts - 1 + shared)]
     return target.layer(
         experts[: router.num_experts],
         router,
@@ -260,7 +274,79 @@ def _build(place: _Place, state: RoutingState) -> MoELayer:
         dense_type=kind,
         shared=experts[router.num_experts :],
         shared_weight=spec.get('shared_weight', 0.5),
+        patches=patches,
+        bypass=bypass,
+        frozen_norms=spec.get('expert_norm') == FROZEN,
+        altered=altered,
+        share=spec.get('share_router'),
+        leader=leader,
+        image_size=spec.get('image_size', 64),
     )
+
+
+def _build_router(place: _Place, in_channels: int | None) -> Router:
+    spec = place.spec
+    num_experts = spec.get('num_experts')
+    if spec.get('share_router') == 'image':
+        in_channels = 3
+    router_cfg = dict(spec['router']) if isinstance(spec['router'], Mapping) else spec['router']
+    defaults = {'num_experts': num_experts, 'in_channels': in_channels}
+    defaults = {key: value for key, value in defaults.items() if value is not None}
+    try:
+        router = ROUTERS.build(router_cfg, **defaults)
+    except TypeError as error:
+        missing = [key for key in ('num_experts', 'in_channels') if f"'{key}'" in str(error)]
+        if missing and 'missing' in str(error):
+            raise TypeError(f'MoE target {place.name!r}: give {missing} in the spec') from None
+        raise
+    if isinstance(spec['router'], nn.Module):
+        router = copy.deepcopy(router)
+    if num_experts is not None and router.num_experts != num_experts:
+        raise ValueError(
+            f'MoE target {place.name!r}: num_experts={num_experts}, but its router has '
+            f'{router.num_experts}'
+        )
+    return router
+
+
+def _patches(place: _Place, target: Target, in_channels: int | None) -> Patches | None:
+    """How the maps are cut, where the spec says so."""
+    spec = place.spec
+    grid, halo = spec.get('grid'), spec.get('halo')
+    if spec.get('granularity') != 'patch':
+        if grid is not None or halo is not None:
+            raise ValueError(
+                f"MoE target {place.name!r}: grid and halo are for granularity='patch'"
+            )
+        return None
+    if 'patch' not in target.granularities:  # the layer says what is possible
+        return None
+    if not isinstance(grid, int) or isinstance(grid, bool) or grid < 1:
+        raise ValueError(
+            f"MoE target {place.name!r}: granularity='patch' needs grid=g, 1 or more, got {grid!r}"
+        )
+    if halo is not None and (not isinstance(halo, int) or halo < 0):
+        raise ValueError(f'MoE target {place.name!r}: halo must be a number >= 0, got {halo!r}')
+    found = geometry(target.module, in_channels, place.name)
+    return Patches(grid, found.reach if halo is None else halo, found.stride)
+
+
+def _alter(
+    place: _Place, module: nn.Module, in_channels: int | None, router: Router, shared: int
+) -> tuple[nn.Module, str]:
+    """The expert, and in what it differs from the dense module, in words."""
+    spec, name = place.spec, place.name
+    width, norm = spec.get('width'), spec.get('expert_norm')
+    groups = norm_groups(norm, name)
+    altered = []
+    if width is not None:
+        k = getattr(router, 'k', None)
+        runs = None if k is None else k + shared
+        altered.append(narrow_(module, width, runs, in_channels, name, groups or 1))
+    if norm is not None:
+        module = change_norms(module, groups, name)
+        altered.append('' if groups is None else 'they have group norms')
+    return module, ' and '.join(part for part in altered if part)
 
 
 def _sharing_copy(module: nn.Module) -> nn.Module:

@@ -58,6 +58,8 @@ class RoutingState:
         self.num_images: int | None = None
         self.training = False
         self.sealed = False
+        #: (B, 3, H, W) the input images, where a router decides on them.
+        self.images: Tensor | None = None
         self._embed: Callable[[], Tensor] | None = None
         self._embeddings: Tensor | None = None
         self._cache: dict[Any, Any] = {}
@@ -74,6 +76,7 @@ class RoutingState:
         num_images: int | None = None,
         embed: Callable[[], Tensor] | None = None,
         training: bool = False,
+        images: Tensor | None = None,
     ) -> None:
         """Start a forward: forget the last one, take this one's inputs.
 
@@ -83,6 +86,8 @@ class RoutingState:
             embed: Gives the images' embeddings (B, d), L2-normalised, in this order. Called at
                 most once, and only if a router asks.
             training: Whether the model trains.
+            images: (B, 3, H, W) the model's input, for a router that several layers share and that
+                decides on it.
 
         Raises:
             ValueError: If the numbers of domains and images differ.
@@ -97,6 +102,7 @@ class RoutingState:
         self.num_images = num_images if domains is None else len(domains)
         self._embed = embed
         self.training = training
+        self.images = images
 
     def embeddings(self) -> Tensor:
         """(B, d) embeddings of the batch's images, computed once per forward, without gradient.

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from mmdet_moe.moe.layer import GRANULARITIES, MoELayer
+from mmdet_moe.moe.layer import GRANULARITIES, MAP_GRANULARITIES, MoELayer
 
 
 @dataclass
@@ -107,7 +107,8 @@ def describe_target(module: nn.Module, name: str = '') -> Target:
 @register_target(lambda module: type(module).forward is not nn.Module.forward)
 def any_module(module: nn.Module) -> Target:
     """Any module that can be called on (B, ...): a Sequential, a stage, a block."""
-    return Target(module, in_channels=_first_channels(module), granularities=GRANULARITIES)
+    granularities = tuple(dict.fromkeys((*GRANULARITIES, *MAP_GRANULARITIES)))
+    return Target(module, in_channels=_first_channels(module), granularities=granularities)
 
 
 @register_target(lambda module: isinstance(module, nn.Linear))
@@ -121,7 +122,8 @@ def linear(module: nn.Module) -> Target:
 def convolution(module: nn.Module) -> Target:
     """Convolutions of any dimension, transposed too, on (B, C, ...)."""
     assert isinstance(module, _ConvNd)
-    return Target(module, module.in_channels, channel_dim=1, granularities=('image',))
+    granularities = MAP_GRANULARITIES if isinstance(module, nn.Conv2d) else ('image',)
+    return Target(module, module.in_channels, channel_dim=1, granularities=granularities)
 
 
 @register_target(lambda module: isinstance(module, (_NormBase, nn.GroupNorm)))

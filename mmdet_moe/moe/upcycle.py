@@ -5,6 +5,12 @@ replaced. The model's own ``init_weights`` then initialises each of them differe
 along with them; :func:`upcycle_` puts both right. Loading a dense checkpoint afterwards fills every
 expert by itself (:meth:`MoELayer._load_from_state_dict`). Different checkpoints for different
 experts: :func:`upcycle_from_checkpoints`.
+
+**Noise.** A number n adds normal noise of n times each parameter's standard deviation to each
+expert. ``'independent'`` is for training from scratch: each parameter of each expert becomes a
+normal draw with the mean and the standard deviation of the first expert's, so that experts have
+nothing in common but the scale. Parameters of norms and constant tensors stay as they are. Either
+is drawn by seed, layer, expert and parameter: equal on every rank and machine.
 """
 
 from __future__ import annotations
@@ -26,6 +32,8 @@ from mmdet_moe.moe.layer import (
     disturbed,
     moe_layers,
     noise_key,
+    noisy_parameters,
+    why_unlike,
 )
 from mmdet_moe.moe.routers import PlanRouter
 
@@ -33,7 +41,9 @@ Checkpoint = str | PathLike[str] | Mapping[str, Any]
 
 
 @torch.no_grad()
-def upcycle_(model: nn.Module, noise: float | None = None, seed: int | None = None) -> list[str]:
+def upcycle_(
+    model: nn.Module, noise: float | str | None = None, seed: int | None = None
+) -> list[str]:
     """Make every expert of ``model`` the copy of its layer's first, and reset the routers.
 
     Call it after the model's ``init_weights``: the first expert is then the initialised dense
@@ -43,7 +53,8 @@ def upcycle_(model: nn.Module, noise: float | None = None, seed: int | None = No
     Args:
         model: A model with MoE layers.
         noise: Standard deviation of the noise added to every expert's parameters, as a share of
-            each parameter's own; None: the layer's.
+            each parameter's own; 'independent': experts are fresh draws (see below); None: the
+            layer's.
         seed: Seed of noise and routers; None: the layer's ``noise_seed``.
 
     Returns:
@@ -53,16 +64,19 @@ def upcycle_(model: nn.Module, noise: float | None = None, seed: int | None = No
     spread_first_expert_(model, noise, seed)
     for name, layer in layers.items():
         layer_seed = layer.noise_seed if seed is None else seed
-        devices = {p.device for p in layer.router.parameters() if p.device.type == 'cuda'}
+        devices = {p.device for p in layer.parameters() if p.device.type == 'cuda'}
         with torch.random.fork_rng(devices=sorted(devices, key=str)):
             torch.manual_seed(zlib.crc32(f'{layer_seed}:router:{name}'.encode()))
-            layer.router.reset_parameters()
+            if layer.owns_router:
+                layer.router.reset_parameters()
+            for part in () if layer.bypass is None else layer.bypass.children():
+                part.reset_parameters()  # type: ignore[operator]
     return list(layers)
 
 
 @torch.no_grad()
 def spread_first_expert_(
-    model: nn.Module, noise: float | None = None, seed: int | None = None
+    model: nn.Module, noise: float | str | None = None, seed: int | None = None
 ) -> None:
     """Make every expert of ``model`` the copy of its layer's first; routers stay as they are.
 
@@ -73,7 +87,7 @@ def spread_first_expert_(
         layer_seed = layer.noise_seed if seed is None else seed
         source = {key: value.clone() for key, value in _tensors(layer.experts[0]).items()}
         for place, expert in copies_of(layer).items():
-            parameters = {key for key, _ in expert.named_parameters()}
+            parameters = noisy_parameters(expert, share)
             for key, value in _tensors(expert).items():
                 new = source[key]
                 if share and key in parameters:
@@ -214,7 +228,7 @@ def _dense_tensors(
         if value.shape != tensor.shape:
             raise ValueError(
                 f'checkpoint {source!r}: {name}.{key} has shape {tuple(value.shape)}, the expert '
-                f'{tuple(tensor.shape)}'
+                f'{tuple(tensor.shape)}{why_unlike(layer)}'
             )
         found[key] = value
     return found

@@ -27,6 +27,8 @@ class Router(nn.Module):
 
     #: Whether :meth:`forward` wants item features (T, d). Where False, none are computed.
     needs_features: bool = True
+    #: Whether these are the items themselves, maps (T, C, H, W), and not their means over places.
+    needs_maps: bool = False
     #: Whether it asks for the embeddings of images whose domain is told, too.
     needs_embeddings: bool = False
     #: Whether it learns; balance losses are refused where it does not.
@@ -65,7 +67,8 @@ class Router(nn.Module):
         """Route.
 
         Args:
-            items: (T, d) features, or None where :attr:`needs_features` is False.
+            items: (T, d) features, (T, C, H, W) maps where :attr:`needs_maps`, or None where
+                :attr:`needs_features` is False.
             context: What else there is to know.
         """
         raise NotImplementedError

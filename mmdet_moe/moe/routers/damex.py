@@ -81,6 +81,7 @@ class DAMEXRouter(Router):
             )
         self.weight = weight
         self.unknown = unknown
+        self.needs_maps = self.inner.needs_maps
         self.granularity = self.inner.granularity
         self.granularities = self.inner.granularities
         if hasattr(self.inner, 'k'):

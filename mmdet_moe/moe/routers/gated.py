@@ -5,6 +5,7 @@ Axes: T items, E experts, k selected per item, d channels.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -15,15 +16,23 @@ from torch.nn import functional as F
 from mmdet_moe.moe.routers.base import Router
 from mmdet_moe.moe.routing import Routing, RoutingContext
 
-KINDS = ('linear', 'cosine')
+KINDS = ('linear', 'cosine', 'conv')
+ACTIVATIONS = {'relu': F.relu}
 
 
 class GatedRouter(Router):
     r"""Base of routers with a gate: subclass it and implement :meth:`route`.
 
     .. math::
-        \ell &= W_g x && \text{(linear)} \\
-        \ell_e &= \tau \cos(W x + b, v_e), \quad \tau = \exp(\min(t, \ln 100)) && \text{(cosine)}
+        \ell &= W_g x \;(+\; b_g) && \text{(linear)} \\
+        \ell_e &= \tau \cos(W x + b, v_e), \quad \tau = \exp(\min(t, \ln 100))
+            && \text{(cosine)} \\
+        \ell &= W_g\, \mathrm{mean}_{hw}\, a(K * x) \;(+\; b_g) && \text{(conv)}
+
+    With items that are maps, x of the linear and the cosine gate is their mean over places, so that
+    'linear' is the CNN paper's GAP-FC. 'conv' is its Conv-GAP-FC and takes the maps themselves: K
+    is a 3x3 convolution to ``projection`` channels, or two with a ReLU between, a the identity or
+    an activation. What stands behind the mean, (T, projection), is what a learned noise gate sees.
 
     Everything from the gate to the weights is computed in float32 (float64 for float64 items),
     under autocast too: in bfloat16 two close logits are one.
@@ -31,8 +40,11 @@ class GatedRouter(Router):
     Args:
         in_channels: d.
         num_experts: E.
-        kind: 'linear' or 'cosine'.
-        projection: Width the cosine gate projects to.
+        kind: 'linear', 'cosine' or 'conv'.
+        projection: Width the cosine gate projects to; channels of the conv gate's convolutions.
+        bias: Whether the linear and the conv gate have b_g (zero at first).
+        convs: Convolutions of the conv gate, 1 or 2.
+        activation: a, after the last one: None or 'relu'.
         temperature: Initial t of the cosine gate; tau starts at exp(t). The default is ln 2, so
             that tau starts at 2.
         jitter: In training, each number the gate sees is multiplied by a uniform draw from
@@ -46,7 +58,8 @@ class GatedRouter(Router):
 
     Source: jitter: Fedus et al. 2022 (Switch Transformer, arXiv 2101.03961), section 2.4 and
     appendix; float32 router: the same, section 2.4; cosine gate: Chi et al. 2022 (X-MoE, arXiv
-    2204.09179), section 3.
+    2204.09179), section 3; GAP-FC and Conv-GAP-FC: Pavlitska et al. (arXiv 2204.10598); its two
+    convolutions: the same group's PatchConvMoE.
     """
 
     def __init__(
@@ -57,21 +70,42 @@ class GatedRouter(Router):
         kind: str = 'linear',
         projection: int = 256,
         temperature: float = math.log(2.0),
+        bias: bool = False,
+        convs: int = 1,
+        activation: str | None = None,
         jitter: float = 0.0,
         z_loss: float = 0.0,
     ) -> None:
         super().__init__(num_experts)
         if kind not in KINDS:
             raise self.refusal(f'kind must be one of {KINDS}, got {kind!r}')
+        if bias and kind == 'cosine':
+            raise self.refusal(
+                'bias is for the linear and the conv gate, the cosine one has its own'
+            )
+        if convs not in (1, 2):
+            raise self.refusal(f'convs must be 1 or 2, got {convs!r}')
+        if activation is not None and activation not in ACTIVATIONS:
+            raise self.refusal(
+                f'activation must be None or one of {tuple(ACTIVATIONS)}, got {activation!r}'
+            )
+        if kind != 'conv' and (convs != 1 or activation is not None):
+            raise self.refusal(f"convs and activation are the conv gate's, kind is {kind!r}")
         if not 0 <= jitter < 1:
             raise self.refusal(f'jitter must be in [0, 1), got {jitter}')
         if not (math.isfinite(z_loss) and z_loss >= 0):
             raise self.refusal(f'z_loss must be >= 0, got {z_loss}')
         self.in_channels = in_channels
         self.kind = kind
+        self.needs_maps = kind == 'conv'
+        #: d of what :meth:`route` gets.
+        self.gate_channels = projection if kind == 'conv' else in_channels
+        self.num_convs = convs
+        self.activation = activation
         self.jitter = jitter
         self.z_loss = z_loss
         self.initial_temperature = temperature
+        self.bias: nn.Parameter | None = nn.Parameter(torch.empty(num_experts)) if bias else None
         self.make_gate(projection)
 
     def refusal(self, message: str) -> ValueError:
@@ -80,41 +114,73 @@ class GatedRouter(Router):
 
     def make_gate(self, projection: int) -> None:
         """Create the gate's parameters; :meth:`reset_parameters` fills them."""
-        if self.kind == 'linear':
-            self.gate = nn.Parameter(torch.empty(self.num_experts, self.in_channels))
-        else:
+        if self.kind == 'cosine':
             self.project = nn.Linear(self.in_channels, projection)
             self.expert_embeddings = nn.Parameter(torch.empty(self.num_experts, projection))
             self.temperature = nn.Parameter(torch.empty(()))
+            return
+        self.gate = nn.Parameter(torch.empty(self.num_experts, self.gate_channels))
+        if self.kind == 'conv':
+            widths = [self.in_channels, *[projection] * self.num_convs]
+            self.convs = nn.ModuleList(
+                nn.Conv2d(taken, given, 3, padding=1) for taken, given in itertools.pairwise(widths)
+            )
 
     def reset_parameters(self) -> None:
         """A small normal gate: nearly uniform at first."""
-        if self.kind == 'linear':
-            nn.init.normal_(self.gate, std=0.01)
-        else:
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.kind == 'cosine':
             self.project.reset_parameters()
             nn.init.normal_(self.expert_embeddings, std=0.01)
             nn.init.constant_(self.temperature, self.initial_temperature)
+            return
+        nn.init.normal_(self.gate, std=0.01)
+        if self.kind == 'conv':
+            for conv in self.convs:
+                conv.reset_parameters()  # type: ignore[operator]
+
+    def pool(self, maps: Tensor) -> Tensor:
+        """(T, projection) the conv gate's features of (T, C, H, W) maps."""
+        if not maps.numel():  # no place to take a mean over
+            return maps.new_zeros(maps.shape[0], self.gate_channels)
+        x = maps
+        for i, conv in enumerate(self.convs):
+            assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+            x = F.relu(x) if i else x
+            x = F.conv2d(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype), padding=1)
+        if self.activation is not None:
+            x = ACTIVATIONS[self.activation](x)
+        return x.mean((2, 3))
 
     def logits(self, x: Tensor) -> Tensor:
-        """(T, E) scores of (T, d) items."""
-        if self.kind == 'linear':
-            return F.linear(x, self.gate.to(x.dtype))
+        """(T, E) scores of (T, gate_channels) features."""
+        if self.kind != 'cosine':
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.gate.to(x.dtype), bias)
         projected = F.linear(x, self.project.weight.to(x.dtype), self.project.bias.to(x.dtype))
         cosine = F.normalize(projected, dim=1) @ F.normalize(self.expert_embeddings.to(x.dtype)).t()
         return cosine * self.temperature.to(x.dtype).clamp(max=math.log(100.0)).exp()
 
     def forward(self, items: Tensor | None, context: RoutingContext) -> Routing:
         assert items is not None
-        if items.shape[-1] != self.in_channels:
+        if self.needs_maps and items.ndim != 4:
+            raise ValueError(
+                f'the conv gate of {context.layer!r} takes maps (B, C, H, W), the items have shape '
+                f"{tuple(items.shape)}; use kind='linear'"
+            )
+        channels = items.shape[1 if self.needs_maps else -1]
+        if channels != self.in_channels:
             raise ValueError(
                 f'the router of {context.layer!r} was made for {self.in_channels} channels and '
-                f'got {items.shape[-1]}'
+                f'got {channels}'
             )
         with torch.autocast(items.device.type, enabled=False):
             x = items if items.dtype == torch.float64 else items.float()
             if context.training and self.jitter:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+            if self.needs_maps:
+                x = self.pool(x)
             logits = self.logits(x)
             routing = self.route(x, logits, context)
             if context.training and self.z_loss:
@@ -126,7 +192,7 @@ class GatedRouter(Router):
         """Select. Call ``context.constrain(logits)`` first, and give the routing the result.
 
         Args:
-            x: (T, d) what the gate saw, float32 or float64.
+            x: (T, gate_channels) what the gate scored, float32 or float64.
             logits: (T, E) as :meth:`logits` gave them.
             context: What else there is to know.
         """

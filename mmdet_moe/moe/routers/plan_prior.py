@@ -52,7 +52,7 @@ class PlanPriorRouter(SelectingRouter):
             whether it was told), 'always', or 'never' (the posterior in training too).
         renormalize: See above.
         options: Of :class:`~mmdet_moe.moe.routers.gated.SelectingRouter` and ``GatedRouter``; the
-            gate is linear.
+            gate is linear or conv.
 
     Source: the plan: GEM, arXiv 2604.18842; the posterior: DEMix, arXiv 2108.05036, section 5.1.
     """
@@ -73,8 +73,8 @@ class PlanPriorRouter(SelectingRouter):
             raise ValueError(f'PlanPriorRouter: domains must be one of {DOMAINS}, got {domains!r}')
         if not 0 < smoothing < 1:
             raise ValueError(f'PlanPriorRouter: smoothing must be in (0, 1), got {smoothing}')
-        if options.get('kind', 'linear') != 'linear':
-            raise ValueError('PlanPriorRouter: the gate must be linear, to start at zero')
+        if options.get('kind') == 'cosine':
+            raise ValueError('PlanPriorRouter: the gate must be linear or conv, to start at zero')
         table = PlanRouter(plan, unknown='mixture', num_experts=num_experts)
         if domains != 'always' and not table.has_prototypes:
             raise ValueError(
@@ -93,6 +93,7 @@ class PlanPriorRouter(SelectingRouter):
 
     def reset_parameters(self) -> None:
         """A gate of zeros: the plan decides."""
+        super().reset_parameters()
         nn.init.zeros_(self.gate)
 
     def check_datasets(self, domains: Sequence[str], held_out: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Noisy top-k routing with a linear or a cosine gate: the learned baseline."""
+"""Noisy top-k routing with any gate: the learned baseline."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class TopKRouter(SelectingRouter):
         in_channels: d.
         num_experts: E.
         k: Experts per item.
-        kind: 'linear' or 'cosine'.
-        noise: 'learned', 'fixed', False, or True for the usual one (linear: learned, cosine:
-            fixed). In training only.
+        kind: 'linear', 'cosine' or 'conv'.
+        noise: 'learned', 'fixed', False, or True for the usual one (cosine: fixed, else learned).
+            In training only.
         noise_std: sigma of the fixed noise, times 1/E.
         options: Of :class:`SelectingRouter` (renormalisation, capacity) and :class:`GatedRouter`
             (jitter, z-loss, the cosine gate's sizes).
@@ -54,7 +54,7 @@ class TopKRouter(SelectingRouter):
         **options: Any,
     ) -> None:
         if noise is True:
-            noise = 'learned' if kind == 'linear' else 'fixed'
+            noise = 'fixed' if kind == 'cosine' else 'learned'
         if noise is not False and noise not in NOISES:
             raise ValueError(f'TopKRouter: noise must be a bool or one of {NOISES}, got {noise!r}')
         if noise_std <= 0:
@@ -63,7 +63,7 @@ class TopKRouter(SelectingRouter):
         self.noise: str | None = noise or None
         self.noise_std = noise_std
         if self.noise == 'learned':
-            self.noise_gate = nn.Parameter(torch.empty(num_experts, in_channels))
+            self.noise_gate = nn.Parameter(torch.empty(num_experts, self.gate_channels))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
