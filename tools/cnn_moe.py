@@ -166,7 +166,10 @@ def run(args: argparse.Namespace) -> int:
     def train(steps: job.Steps, setting: str, seed: int) -> Path:
         what = f'train {setting} (seed {seed})'
         folder = steps.log.parent / 'train'
-        return job.train(steps, what, config_of(setting), folder, seed, args.cfg_options)
+        options = list(args.cfg_options)
+        if setting != 'dense':  # the experts' fresh draws have a seed of their own
+            options.append(f'model.moe.0.noise_seed={seed}')
+        return job.train(steps, what, config_of(setting), folder, seed, options)
 
     runs = [(setting, seed) for seed in args.seeds for setting in args.settings]
     tasks = []
