@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from mmdet_moe.moe import (
     ROUTERS,
@@ -60,11 +61,16 @@ class MoEMixin:
         domain: The domain of samples that do not carry one, say in a demo on one domain's images.
             Also a plain attribute that may be set at any time.
         log_routing: Whether losses come with ``moe/...`` statistics for the log.
+        freeze_others: Train the MoE layers (experts, routers, bypasses) and nothing else: all other
+            parameters are frozen, heads and their class rows too, and norms outside of MoE layers
+            stay in evaluation mode, also after ``train()``. Optimisers skip parameters without a
+            gradient, so they need no option for it.
         **kwargs: As the base model.
 
     Raises:
         ValueError: The plan has datasets that the label space has not; both are listed. (Whether
-            it has those of the training data, ``PlanHook`` checks.)
+            it has those of the training data, ``PlanHook`` checks.) Or ``freeze_others`` leaves
+            nothing to train.
     """
 
     def __init__(
@@ -77,6 +83,7 @@ class MoEMixin:
         restrict_classes: bool | None = None,
         domain: str | None = None,
         log_routing: bool = True,
+        freeze_others: bool = False,
         **kwargs: Any,
     ) -> None:
         if label_space is not None:
@@ -96,6 +103,10 @@ class MoEMixin:
         self.moe_names: list[str] = []
         if specs:
             self.moe_names = replace_modules(self, specs, self.routing_state)
+        self._routes_images = any(x.share == 'image' for x in self.moe_layers().values())
+        self.freeze_others = freeze_others
+        if freeze_others:
+            self._freeze_others()
         self._embeds_known = any(
             layer.router.needs_embeddings for layer in self.moe_layers().values()
         )
@@ -141,6 +152,32 @@ class MoEMixin:
         finally:
             for children, child, layer in places:
                 children[child] = layer
+
+    def train(self, mode: bool = True) -> MoEMixin:
+        """As the base model; with ``freeze_others`` the norms of the others stay as they are."""
+        super().train(mode)
+        if getattr(self, 'freeze_others', False):
+            for module in self._others():
+                if isinstance(module, _NormBase):
+                    module.eval()
+        return self
+
+    def _others(self) -> Iterator[nn.Module]:
+        """The modules outside of MoE layers."""
+        inside = tuple(f'{name}.' for name in self.moe_names)
+        for name, module in self.named_modules():
+            if name not in self.moe_names and not name.startswith(inside):
+                yield module
+
+    def _freeze_others(self) -> None:
+        for module in self._others():
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError(
+                'freeze_others=True leaves nothing to train: '
+                + (f'{self.moe_names} are frozen too' if self.moe_names else 'no moe is given')
+            )
 
     def class_rows(self) -> dict[str, int]:
         """Parameters with a row per class, by regular expression of their module's full name.
@@ -226,7 +263,10 @@ class MoEMixin:
         embed: Callable[[], Tensor] | None = None
         if (unknown or self._embeds_known) and self._embedder is not None:
             embed = self._embed_of(inputs, samples)
-        self.routing_state.begin(domains, len(inputs), embed=embed, training=self.training)
+        images = inputs if self._routes_images else None
+        self.routing_state.begin(
+            domains, len(inputs), embed=embed, training=self.training, images=images
+        )
         if unknown and embed is not None and not self.training and self._prototypes is not None:
             self._set_nearest(samples, unknown)
 

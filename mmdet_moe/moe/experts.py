@@ -241,12 +241,12 @@ def _multiply_adds(run: Trace, blocks: Sequence[_Block], widths: Sequence[int]) 
         for i, conv in enumerate(block.convs):
             inner[conv] = (width if i else None, width if i < last else None)
     total = 0
-    for conv, _, places in run.convs:
-        if isinstance(conv, nn.Conv2d):
-            taken, given = inner.get(conv, (None, None))
-            taken = conv.in_channels if taken is None else taken
-            given = conv.out_channels if given is None else given
-            total += places * taken * given * math.prod(conv.kernel_size) // conv.groups
+    for called, _, places in run.convs:
+        if isinstance(called, nn.Conv2d):
+            taken, given = inner.get(called, (None, None))
+            taken = called.in_channels if taken is None else taken
+            given = called.out_channels if given is None else given
+            total += places * taken * given * math.prod(called.kernel_size) // called.groups
     return total
 
 
