@@ -53,8 +53,13 @@ def config_of(setting: str) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def measure(config: Path, checkpoint: Path) -> dict[str, Any]:
+def measure(config: str, checkpoint: Path, options: Sequence[str] = ()) -> dict[str, Any]:
     """What a trained model scores on the test images, and what its experts do there.
+
+    Args:
+        config: Its config file.
+        checkpoint: Its weights.
+        options: Changes of the config it was trained with, ``KEY=VALUE``.
 
     Returns:
         ``accuracy`` in %. With a MoE layer also ``accuracy_k<n>`` for n = 1, 2 and E, and
@@ -65,15 +70,15 @@ def measure(config: Path, checkpoint: Path) -> dict[str, Any]:
     """
     import numpy as np
     import torch
-    from mmengine.config import Config
+    import train
     from mmengine.runner import Runner
     from mmpretrain.apis import get_model
 
-    import mmdet_moe  # noqa: F401  (teaches the config reader our name)
     from mmdet_moe.evaluation import expert_statistics
     from mmdet_moe.moe import forced_routing
 
-    cfg = Config.fromfile(config)
+    arguments = [str(job.ROOT / config), *(['--cfg-options', *options] if options else [])]
+    cfg = train.read_config(train.parse_args(arguments))
     model = get_model(cfg, pretrained=str(checkpoint), device='cpu')
     batches = list(Runner.build_dataloader(cfg.test_dataloader))
     samples = [sample for batch in batches for sample in batch['data_samples']]
@@ -183,12 +188,11 @@ def run(args: argparse.Namespace) -> int:
     results: dict[str, list[dict[str, Any]]] = {setting: [] for setting in args.settings}
     for (setting, seed), (steps, _), checkpoint in zip(runs, tasks, checkpoints, strict=True):
         file = steps.log.parent / 'statistics.json'
-        (config,) = checkpoint.parent.glob('*.py')  # as mmengine left it: with all changes
 
         def action(
-            _: bool, file: Path = file, config: Path = config, checkpoint: Path = checkpoint
+            _: bool, file: Path = file, setting: str = setting, checkpoint: Path = checkpoint
         ) -> None:
-            job.write_json(file, measure(config, checkpoint))
+            job.write_json(file, measure(config_of(setting), checkpoint, args.cfg_options))
 
         steps.step('measure', f'measure {setting} (seed {seed})', action, '', [file])
         results[setting].append(json.loads(file.read_text()))

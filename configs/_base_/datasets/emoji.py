@@ -22,12 +22,14 @@ dataset = dict(
 train_dataloader = dict(
     batch_size=64,
     num_workers=0,
+    persistent_workers=False,  # mmpretrain's tool says True otherwise, which needs workers
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(**dataset, split='train', pipeline=train_pipeline),
 )
 val_dataloader = dict(
     batch_size=128,
     num_workers=0,
+    persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(**dataset, split='val', pipeline=test_pipeline, test_mode=True),
 )
