@@ -18,6 +18,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from mmdet_moe.moe import MoELayer
+from mmdet_moe.moe.state import stat_key
 from mmdet_moe.registry import MODELS
 
 
@@ -103,42 +104,37 @@ def _one_image(model: nn.Module, domain: str | None, shape: tuple[int, int]) -> 
     if domain is not None:
         meta['domain'] = domain
     device = next(model.parameters()).device
-    image = torch.zeros(1, 3, *shape, device=device)
+    # Noise, and not zeros: what a learned router makes of equal tokens is no mean of anything.
+    image = torch.randn(1, 3, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     forward = model.forward
     model.forward = partial(forward, data_samples=[DetDataSample(metainfo=meta)], mode='tensor')
     try:
-        with torch.no_grad(), _quiet(), _watched(model) as used:
+        with torch.no_grad(), _quiet():
             count = FlopAnalyzer(model, (image,)).total()
     finally:
         model.forward = forward
+    return _idle_parameters(model), float(count)
+
+
+def _idle_parameters(model: nn.Module) -> float:
+    """Parameters of the experts that an item is not sent to, on average over the items of the last
+    forward: the free experts of MoE++ too, shared experts never."""
     idle = 0.0
     for name, layer in _moe_layers(model):
-        size = sum(parameter.numel() for parameter in layer.experts[0].parameters())
-        # An item that is a token takes k experts, though an image's tokens may reach all.
-        chosen = layer.router.k if hasattr(layer.router, 'k') else len(used[name])
-        idle += size * (layer.num_experts - chosen)
-    return idle, float(count)
+        if not layer.router.selects:
+            continue
+        stats = layer.state.stats()
+        items = float(stats[stat_key(name, 'items')])
+        counts = stats[stat_key(name, 'count')].tolist()
+        experts = [*layer.experts, *layer.router.extra_experts]
+        for expert, count in zip(experts, counts, strict=True):
+            size = sum(parameter.numel() for parameter in expert.parameters())
+            idle += size * (1 - count / max(items, 1.0))
+    return idle
 
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
     return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, MoELayer))
-
-
-@contextmanager
-def _watched(model: nn.Module) -> Iterator[dict[str, set[int]]]:
-    """Note which experts of each MoE layer run."""
-    used: dict[str, set[int]] = {}
-    handles = []
-    for name, layer in _moe_layers(model):
-        used[name] = set()
-        for place, expert in enumerate(layer.experts):
-            note = partial(lambda seen, index, *_: seen.add(index), used[name], place)
-            handles.append(expert.register_forward_hook(note))
-    try:
-        yield used
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

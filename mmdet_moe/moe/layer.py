@@ -202,6 +202,11 @@ class MoELayer(nn.Module):
                         f'MoE layer {name!r}: {type(loss).__name__} has nothing to act on, '
                         f'{type(self.router).__name__} learns nothing'
                     )
+                if not self.router.selects:
+                    raise ValueError(
+                        f'MoE layer {name!r}: {type(loss).__name__} has nothing to balance, '
+                        f'{type(self.router).__name__} fills every slot'
+                    )
                 loss.check(self.router)
         if isinstance(noise, str) and noise != INDEPENDENT:
             raise ValueError(
@@ -410,7 +415,11 @@ class MoELayer(nn.Module):
         if not context.recompute:
             with torch.no_grad():  # a recomputation, which takes none, must save the same tensors
                 weight = routing.importance()
-            stats = {'weight': weight, 'count': torch.tensor(routing.counts)}
+            stats = {
+                'weight': weight,
+                'count': torch.tensor(routing.counts),
+                'items': torch.tensor(context.num_items),
+            }
             self.state.add_stats(self.name, {**stats, **routing.stats})
             for observer in self.state.observers:
                 observer(self.name, routing, context)

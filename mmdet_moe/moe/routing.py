@@ -126,14 +126,14 @@ class Routing:
                 f'{pairs} items, {experts.numel()} experts and '
                 f'{None if weights is None else weights.numel()} weights do not make pairs'
             )
-        order = experts.argsort(stable=True)
+        ranked, order = experts.sort(stable=True)
         # The one wait for the device: the experts must know how many items each of them gets.
-        counts = torch.bincount(experts + 1, minlength=num_experts + 1).tolist()
-        if len(counts) > num_experts + 1:
+        ends = group_starts(ranked, num_experts).tolist()
+        if ends[-1] < pairs:
             raise ValueError(
-                f'the router chose expert {len(counts) - 2}, there are {num_experts} experts'
+                f'the router chose expert {int(ranked[-1])}, there are {num_experts} experts'
             )
-        dropped, counts = counts[0], counts[1:]
+        dropped, counts = ends[0], [b - a for a, b in zip(ends, ends[1:], strict=False)]
         if dropped:
             order = order[dropped:]
         inverse, in_order = None, False
@@ -142,7 +142,7 @@ class Routing:
                 raise ValueError(f'{pairs} pairs ({dropped} dropped) are not {uniform} per item')
             inverse = torch.empty_like(order)
             inverse[order] = torch.arange(pairs, device=order.device)
-            if uniform == 1 and order.device.type == 'cpu':
+            if uniform == 1 and _on_host(order):
                 in_order = bool((order[1:] > order[:-1]).all())
         items = items.index_select(0, order)
         return cls(
@@ -229,30 +229,54 @@ class Routing:
             raise ValueError(f'dense weights must have shape (T, E), got {tuple(weights.shape)}')
         num_items, num_experts = weights.shape
         chosen = weights.detach() != 0
-        on_host = weights.device.type == 'cpu'
-        unit = on_host and not weights.requires_grad and bool((weights[chosen] == 1).all())
+        record: dict[str, Any] = dict(
+            logits=logits, probabilities=probabilities, losses=losses or {}, stats=stats or {}
+        )
+        if not _on_host(weights):
+            return cls._from_dense_on_device(weights, chosen, record)
+        unit = not weights.requires_grad and bool((weights[chosen] == 1).all())
         uniform = None
-        if on_host and num_items:
+        if num_items:
             per_item = chosen.sum(1)
             if bool((per_item == per_item[0]).all()):
                 uniform = int(per_item[0]) or None
         if unit and uniform == 1 and bool(chosen[:, chosen[0]].all()):
-            expert = int(chosen[0].nonzero())
-            routing = cls.single(expert, num_items, num_experts, losses=losses, stats=stats)
-            routing.logits, routing.probabilities = logits, probabilities
-            return routing
+            routing = cls.single(int(chosen[0].nonzero()), num_items, num_experts)
+            return replace(routing, **record)
         items, experts = chosen.nonzero(as_tuple=True)
+        values = None if unit else weights[items, experts]
         return cls.from_pairs(
-            items,
-            experts,
-            None if unit else weights[items, experts],
-            num_items,
-            num_experts,
-            uniform=uniform,
-            logits=logits,
-            probabilities=probabilities,
-            losses=losses,
-            stats=stats,
+            items, experts, values, num_items, num_experts, uniform=uniform, **record
+        )
+
+    @classmethod
+    def _from_dense_on_device(
+        cls, weights: Tensor, chosen: Tensor, record: dict[str, Any]
+    ) -> Routing:
+        """:meth:`from_dense` with one wait for the device: what ``nonzero`` would wait for, the
+        number of pairs, comes with the counts, and the pairs by a sort."""
+        num_items, num_experts = chosen.shape
+        if not num_items:
+            return cls(num_items, num_experts, [0] * num_experts, chosen.new_empty(0).long(),
+                       weights.new_empty(0), **record)  # fmt: skip
+        per_item = chosen.sum(1)
+        fewest, most, *counts = torch.cat(
+            [per_item.amin()[None], per_item.amax()[None], chosen.sum(0)]
+        ).tolist()
+        pairs = sum(counts)
+        # Experts first, then items, the chosen ones in front.
+        places = chosen.t().reshape(-1).logical_not().byte().argsort(stable=True)[:pairs]
+        items = places % num_items
+        inverse = items.argsort(stable=True) if fewest == most and most else None
+        return cls(
+            num_items=num_items,
+            num_experts=num_experts,
+            counts=counts,
+            items=items,
+            weights=weights.t().reshape(-1).index_select(0, places),
+            inverse=inverse,
+            k=most if inverse is not None else None,
+            **record,
         )
 
     def on(self, device: torch.device) -> Routing:
@@ -295,6 +319,23 @@ class Routing:
             return torch.tensor(self.counts, dtype=torch.float32)
         parts = self.weights.float().split(self.counts)
         return torch.stack([part.sum() for part in parts])
+
+
+def group_starts(ranked: Tensor, groups: int) -> Tensor:
+    """(groups + 1,) where the groups 0, 1, ... begin in a sorted list of group numbers, then the
+    end of the last one. Unlike ``bincount`` it does not wait for the device.
+
+    Example:
+        >>> group_starts(torch.tensor([-1, 0, 0, 2]), 3)
+        tensor([1, 3, 3, 4])
+    """
+    bounds = torch.arange(groups + 1, device=ranked.device, dtype=ranked.dtype)
+    return torch.searchsorted(ranked, bounds)
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Whether looking at single values costs no wait for a device."""
+    return tensor.device.type == 'cpu'
 
 
 @dataclass

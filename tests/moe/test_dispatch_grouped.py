@@ -1,6 +1,7 @@
 """The short way for plain FFN experts: the same numbers as the general way, and its promises."""
 
 import copy
+import platform
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmdet_moe.moe import Routing, RoutingState, dispatch, grouped, replace_modules
 from mmdet_moe.moe.dispatch import run_experts
+from mmdet_moe.moe.grouped import BLAS, OneDNNProducts, onednn_products, products_of
 
 D, H, OUT, E, T = 8, 12, 6, 4, 23
 
@@ -333,3 +335,33 @@ def test_grouped_matrix_products_index_as_the_general_way(monkeypatch, routing, 
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * b.abs().max().item())
+
+
+@pytest.mark.parametrize('rows', [1, 7, 197])
+@pytest.mark.parametrize('sizes', [(3, 5), (64, 16), (16, 64)])
+def test_the_products_of_both_libraries_are_the_same(rows, sizes):
+    d, h = sizes
+    x, w, b = torch.randn(rows, d), torch.randn(h, d), torch.randn(h)
+    grad = torch.randn(rows, h)
+    found = onednn_products()
+    if platform.machine() == 'x86_64' and torch.backends.mkldnn.is_available():
+        assert isinstance(found, OneDNNProducts), 'it passes its own check here'
+    for products in (found, BLAS):
+        out, back = torch.empty(rows, h), torch.empty(rows, d)
+        for bias in (b, None):
+            products.linear(x, w, bias, out)
+            torch.testing.assert_close(out, nn.functional.linear(x, w, bias))
+        products.times(grad, w, back)
+        torch.testing.assert_close(back, grad @ w)
+        torch.testing.assert_close(products.outer(grad, x), grad.t() @ x)
+    assert products_of(x.double()) is BLAS and products_of(x) is found
+
+
+def test_an_operator_that_is_missing_or_wrong_is_not_used(monkeypatch):
+    onednn_products.cache_clear()
+    monkeypatch.setattr(OneDNNProducts, 'times', lambda self, grad, w, out: out.zero_())
+    assert onednn_products() is BLAS
+    onednn_products.cache_clear()
+    monkeypatch.setattr(OneDNNProducts, '__init__', lambda self: torch.ops.mkldnn.no_such_thing)
+    assert onednn_products() is BLAS
+    onednn_products.cache_clear()

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmdet_moe.moe import upcycle_
+from mmdet_moe.moe.routers.gated import mean_of_conv
 from mmdet_moe.planning import ExpertPlan
 
 X = torch.randn(4, 3, 6, 5, generator=torch.Generator().manual_seed(0))
@@ -55,6 +56,15 @@ def test_two_convolutions_with_a_relu_between_and_one_after():
     torch.testing.assert_close(
         logits_of(layer, state), F.linear(hidden.mean((2, 3)), layer.router.gate)
     )
+
+
+@pytest.mark.parametrize('size', [(6, 5), (1, 1), (1, 4), (3, 2)])
+def test_the_mean_of_a_convolution_needs_no_convolution(size):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    weight, bias = torch.randn(4, 3, 3, 3).double(), torch.randn(4).double()
+    expected = F.conv2d(x, weight, bias, padding=1).mean((2, 3))
+    torch.testing.assert_close(mean_of_conv(x, weight, bias), expected)
 
 
 ROUTERS = {

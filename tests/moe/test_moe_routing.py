@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mmdet_moe.moe import Routing, RoutingContext, RoutingState
+from mmdet_moe.moe.routers.gated import drop_over_capacity
 
 
 def pairs_of(routing):
@@ -56,6 +58,61 @@ def test_dense_ones_need_no_weights_and_a_shared_expert_no_items():
     # One expert, but not with weight 1.
     routing = Routing.from_dense(torch.tensor([[0.0, 0.5], [0.0, 0.5]]))
     assert routing.expert is None and routing.weights.tolist() == [0.5, 0.5]
+
+
+class Waits(TorchFunctionMode):
+    """Counts the operations that would wait for a device."""
+
+    NAMES = ('tolist', 'item', '__bool__', '__int__', '__float__', '__index__', 'nonzero',
+             'bincount', 'masked_select', 'unique')  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, '__name__', '')
+        masks = [a for a in args[1:] if isinstance(a, torch.Tensor) and a.dtype == torch.bool]
+        by_mask = name in ('__getitem__', '__setitem__') and masks
+        if name in self.NAMES or by_mask or (name == 'where' and len(args) == 1):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+DENSE = {
+    'ragged': [[0.0, 0.5, 0.5], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]],
+    'one each': [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]],
+    'two each': [[0.0, 0.5, 0.5], [0.25, 0.0, 0.75], [0.5, 0.5, 0.0]],
+    'none': [[0.0, 0.0, 0.0]] * 2,
+    'empty': [],
+}
+
+
+@pytest.mark.parametrize('name', DENSE)
+def test_on_a_device_a_routing_waits_once_and_is_the_same(name, monkeypatch):
+    weights = torch.tensor(DENSE[name]).reshape(-1, 3)
+    indices = weights.topk(2, dim=1).indices
+    on_host = [Routing.from_dense(weights), Routing.from_topk(None, indices, 3)]
+    monkeypatch.setattr('mmdet_moe.moe.routing._on_host', lambda tensor: False)
+    makers = [lambda: Routing.from_dense(weights), lambda: Routing.from_topk(None, indices, 3)]
+    for make, expected in zip(makers, on_host, strict=True):
+        with Waits() as waits:
+            found = make()
+        assert waits.found in (['tolist'], [])
+        assert found.counts == expected.counts and found.k == expected.k
+        assert (found.inverse is None) == (expected.inverse is None)
+        if expected.expert is None:
+            assert pairs_of(found) == pairs_of(expected)
+        if found.inverse is not None:
+            in_turn = torch.arange(found.num_items).repeat_interleave(found.k)
+            assert found.items[found.inverse].equal(in_turn)
+
+
+def test_a_capacity_needs_no_wait():
+    indices = torch.tensor([[0, 1], [0, 1], [1, 0]])
+    with Waits() as waits:
+        drop_over_capacity(indices, 2, 2, torch.tensor([0.1, 0.3, 0.2]))
+    assert waits.found == []
 
 
 def test_expert_choice_is_expressed_by_pairs_in_any_order():

@@ -181,7 +181,7 @@ def test_evaluation_and_no_grad_leave_no_graph():
     model.eval()
     state.begin(DOMAINS)
     model(X)
-    assert state.collect() == {} and len(state.stats()) == 8
+    assert state.collect() == {} and len(state.stats()) == 12
 
 
 def test_a_loss_that_is_no_scalar_is_named():

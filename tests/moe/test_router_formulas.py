@@ -8,7 +8,15 @@ from moe_testlib import ToyFFN, moe_of, scatter_experts
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_moe.moe import RoutingContext, RoutingState, TargetError, replace_modules, upcycle_
+from mmdet_moe.moe import (
+    ImportanceLoss,
+    RoutingContext,
+    RoutingState,
+    SwitchLoss,
+    TargetError,
+    replace_modules,
+    upcycle_,
+)
 from mmdet_moe.moe.routers import (
     BASERouter,
     DAMEXRouter,
@@ -96,6 +104,17 @@ def test_the_capacity_is_the_factors_of_training_or_testing():
     assert best(x, context_of(2)).counts == [2, 0]
     with pytest.raises(ValueError, match='there is no capacity_factor'):
         SwitchRouter(2, 2, prioritised=True)
+
+
+def test_priority_is_the_gates_even_where_every_weight_is_one():
+    # k = 1, renormalised: weights 1, 1, 1; probabilities of the first choice .73, .95, .88.
+    logits = [[1.0, 0.0], [3.0, 0.0], [2.0, 0.0]]
+    router = TopKRouter(
+        3, 2, k=1, noise=False, renormalize=True, capacity_factor=2 / 3, prioritised=True
+    )
+    x = with_logits(router, logits)
+    routing = router(x, context_of(3, training=True))  # ceil(2/3 · 3 · 1 / 2) = 1 place
+    assert routing.items.tolist() == [1] and routing.weights.tolist() == [1.0]
 
 
 def test_z_loss_is_the_mean_squared_log_sum_exp():
@@ -246,6 +265,19 @@ def test_remoe_moves_its_coefficient_once_per_forward_towards_the_target():
     assert ReMoERouter(4, 4).coefficient.item() == pytest.approx(1e-8)
 
 
+def test_balance_losses_of_remoe_are_of_its_relu_gates():
+    router = ReMoERouter(2, 2)
+    x = with_logits(router, [[1.0, -1.0], [2.0, 1.0]])
+    context = context_of(2)
+    routing = router(x, context)
+    assert routing.probabilities is None
+    # Importance 1 + 2 and 0 + 1: mean 2, variance 1, over the squared mean 1/4
+    loss = ImportanceLoss(weight=1.0)(routing, context)['importance']
+    assert loss.item() == pytest.approx(0.25)
+    with pytest.raises(ValueError, match='the router gave no probabilities'):
+        SwitchLoss()(routing, context)
+
+
 # DAMEX, plan prior
 
 
@@ -364,6 +396,43 @@ def test_moe_pp_adds_the_logits_of_the_layer_before():
     torch.testing.assert_close(seen[1], two.logits(hidden) + 2 * seen[0])
 
 
+@pytest.mark.parametrize('reentrant', [None, True, False])
+def test_moe_pp_starts_over_on_each_level_of_a_head(reentrant):
+    """Two layers on three levels with as many images each, like RetinaNet's convolutions."""
+    torch.manual_seed(0)
+    model, state = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), RoutingState()
+    spec = dict(targets=r'\d', num_experts=2, router=dict(type='MoEPPRouter'))
+    replace_modules(model, [spec], state)
+    for layer in model:
+        nn.init.normal_(layer.router.gate_out)
+        nn.init.normal_(layer.router.residual)
+    one, two = model[0].router, model[1].router
+    seen = []
+    for router in (one, two):
+        router.register_forward_hook(lambda m, i, routing: seen.append(routing.logits.detach()))
+    hidden = []
+    model[0].register_forward_hook(lambda m, i, out: hidden.append(out.detach()))
+    levels = [torch.randn(4, 3).requires_grad_() for _ in range(3)]
+    state.begin(num_images=4, training=True)
+
+    def run(x):
+        return model(x) if reentrant is None else checkpoint(model, x, use_reentrant=reentrant)
+
+    total = sum(run(x).square().sum() for x in levels)
+    first_pass = list(seen)
+    for level, x in enumerate(levels):
+        mine, after = first_pass[2 * level : 2 * level + 2]
+        torch.testing.assert_close(mine, one.logits(x).detach())  # none before it, on any level
+        added = after - two.logits(hidden[level]).detach()
+        torch.testing.assert_close(added, mine @ two.residual.detach().t())
+    (total + sum(state.collect().values())).backward()
+    if reentrant is not None:  # backward runs the last level first, and each call finds its own
+        again = seen[len(first_pass) :]
+        assert [a.tolist() for a in again] == [
+            x.tolist() for level in (2, 1, 0) for x in first_pass[2 * level : 2 * level + 2]
+        ]
+
+
 @pytest.mark.parametrize('reentrant', [True, False])
 def test_moe_pp_recomputes_with_the_logits_it_got_in_the_first_pass(reentrant):
     """Two layers, each checkpointed alone: in backward the second runs before the first."""
@@ -428,6 +497,12 @@ def test_soft_moe_is_two_softmaxes():
         slots = logits.softmax(0).t() @ x[b]
         done = torch.cat([layer.experts[e](slots[3 * e : 3 * e + 3]) for e in range(2)])
         torch.testing.assert_close(out[b], logits.softmax(1) @ done, rtol=1e-5, atol=1e-5)
+
+
+def test_soft_moe_refuses_balance_losses_when_it_is_built():
+    router = dict(type='SoftMoERouter', slots=3)
+    with pytest.raises(ValueError, match='ImportanceLoss has nothing to balance, SoftMoERouter'):
+        moe_of(ToyFFN(4), num_experts=2, router=router, balance=[dict(type='ImportanceLoss')])
 
 
 def test_soft_moe_at_its_largest_scale_has_no_empty_sum():

@@ -33,6 +33,8 @@ class Router(nn.Module):
     needs_embeddings: bool = False
     #: Whether it learns; balance losses are refused where it does not.
     learned: bool = True
+    #: Whether it selects experts for items; balance losses are refused where it does not.
+    selects: bool = True
     #: The granularity a layer takes when its config names none; None leaves it to the target.
     granularity: str | None = None
     #: The granularities it can do; None: any.

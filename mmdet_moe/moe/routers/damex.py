@@ -12,7 +12,6 @@ from torch import Tensor
 from mmdet_moe.moe.registry import ROUTERS, build_router
 from mmdet_moe.moe.routers.base import Router
 from mmdet_moe.moe.routers.plan import PlanRouter
-from mmdet_moe.moe.routers.soft import SoftMoERouter
 from mmdet_moe.moe.routing import Routing, RoutingContext
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class DAMEXRouter(Router):
                 f'DAMEXRouter: the router must be a learned one of the {table.num_experts} experts '
                 f'of the plan, got {self.inner!r}'
             )
-        if isinstance(self.inner, SoftMoERouter) or len(self.inner.extra_experts):
+        if not self.inner.selects or len(self.inner.extra_experts):
             raise ValueError(
                 f'DAMEXRouter: {type(self.inner).__name__} does not score the {table.num_experts} '
                 f'experts of the plan for each item, so there is nothing to supervise'

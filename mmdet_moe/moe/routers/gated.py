@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdet_moe.moe.routers.base import Router
-from mmdet_moe.moe.routing import Routing, RoutingContext
+from mmdet_moe.moe.routing import Routing, RoutingContext, group_starts
 
 KINDS = ('linear', 'cosine', 'conv')
 ACTIVATIONS = {'relu': F.relu}
@@ -147,8 +147,11 @@ class GatedRouter(Router):
         x = maps
         for i, conv in enumerate(self.convs):
             assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+            weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)
+            if self.num_convs == 1 and self.activation is None:
+                return mean_of_conv(x, weight, bias)
             x = F.relu(x) if i else x
-            x = F.conv2d(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype), padding=1)
+            x = F.conv2d(x, weight, bias, padding=1)
         if self.activation is not None:
             x = ACTIVATIONS[self.activation](x)
         return x.mean((2, 3))
@@ -219,8 +222,8 @@ class SelectingRouter(GatedRouter):
             the balance losses.
         capacity_factor: c in training; None: dropless.
         test_capacity_factor: c in evaluation; None: dropless.
-        prioritised: Over the capacity, keep the items of largest weight (batch-prioritised
-            routing) and not those that come first.
+        prioritised: Over the capacity, keep the items whose first choice has the largest
+            probability (batch-prioritised routing) and not those that come first.
         options: Of :class:`GatedRouter`.
 
     Source: capacity: Lepikhin et al. 2021 (GShard, arXiv 2006.16668), algorithm 1; priority:
@@ -284,11 +287,15 @@ class SelectingRouter(GatedRouter):
             indices: (T, k) the experts.
             context: Tells training from evaluation.
             dropping: Whether ``indices`` has negative entries already.
-            record: Further arguments of ``Routing.from_topk``.
+            record: Further arguments of ``Routing.from_topk``; ``probabilities`` among them.
         """
         capacity = self.capacity(indices.shape[0], context.training)
         if capacity is not None:
-            priority = weights.detach().amax(1) if self.prioritised else None
+            priority = None
+            if self.prioritised:
+                # The gate's own word: renormalised weights of one choice are all 1.
+                gates = record['probabilities'].detach()
+                priority = gates.gather(1, indices[:, :1]).squeeze(1)
             indices = drop_over_capacity(indices, capacity, self.num_experts, priority)
             dropping = True
         return Routing.from_topk(weights, indices, self.num_experts, dropping=dropping, **record)
@@ -301,6 +308,30 @@ class SelectingRouter(GatedRouter):
 
 
 # Pure functions
+
+
+def mean_of_conv(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    r"""The mean over places of a 3x3 convolution with padding 1, without the convolution.
+
+    .. math:: \frac{1}{HW} \sum_{hw} (K * x)_{hw} = b + \sum_{dy, dx} K_{dy, dx}
+        \Big(\frac{1}{HW} \sum_{hw} x_{h + dy, w + dx}\Big)
+
+    Nine means of a map, all of it but for a border row or column, in the place of 9·C·P products
+    at each of its places: next to the experts the gate then costs nothing.
+
+    Args:
+        maps: (T, C, H, W).
+        weight: (P, C, 3, 3).
+        bias: (P,).
+
+    Returns:
+        (T, P).
+    """
+    columns = [maps[..., :-1].sum(3), maps.sum(3), maps[..., 1:].sum(3)]
+    rows = [[c[..., :-1].sum(2), c.sum(2), c[..., 1:].sum(2)] for c in columns]
+    sums = torch.stack([torch.stack(r, dim=-1) for r in rows], dim=-1)  # (T, C, 3, 3)
+    means = sums / maps.shape[2:].numel()
+    return F.linear(means.flatten(1), weight.flatten(1), bias)
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
@@ -352,14 +383,11 @@ def drop_over_capacity(
     order = None if priority is None else priority.argsort(descending=True, stable=True)
     ranked = indices if order is None else indices[order]
     queue = ranked.t().reshape(-1)  # first choices, then second ones
-    by_expert = queue.argsort(stable=True)
-    # Dropped ones (-1) are counted as group 0, expert e as group e + 1.
-    group = queue[by_expert].clamp(min=-1) + 1
-    counts = torch.bincount(group, minlength=num_experts + 1)
+    # Dropped ones are group 0, expert e is group e + 1.
+    group, by_expert = (queue.clamp(min=-1) + 1).sort(stable=True)
+    starts = group_starts(group, num_experts + 1)
     place = torch.empty_like(queue)
-    place[by_expert] = torch.arange(queue.numel(), device=queue.device) - (
-        counts.cumsum(0) - counts
-    ).index_select(0, group)
+    place[by_expert] = torch.arange(queue.numel(), device=queue.device) - starts[group]
     if isinstance(capacity, Tensor):
         capacity = capacity.index_select(0, queue.clamp(min=0))
     kept = torch.where(place < capacity, queue, -1).view(k, num_items).t()
@@ -375,5 +403,6 @@ __all__ = [
     'SelectingRouter',
     'drop_over_capacity',
     'expert_capacity',
+    'mean_of_conv',
     'router_z_loss',
 ]

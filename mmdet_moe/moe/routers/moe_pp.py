@@ -78,7 +78,8 @@ class MoEPPRouter(GatedRouter):
     (``router.extra_experts``): a dense checkpoint and upcycling reach the layer's E alone.
 
     **Gating residual.** :math:`\ell^{j-1}` are the logits of the MoE++ layer that ran before this
-    one in the same forward, if it had as many items and experts. :math:`W_r` starts at zero. They
+    one in the same forward, if it had as many items and experts. A layer that runs again (a head on
+    its next level) begins a new chain, and has none before it. :math:`W_r` starts at zero. They
     come without their gradient (the paper lets it flow): the layer before may be in another segment
     of activation checkpointing, whose graph is gone.
 
@@ -192,7 +193,7 @@ class MoEPPRouter(GatedRouter):
 
     def route(self, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
         if self.residual is not None:
-            before = context.state.received('moe++', (id(self), context.num_items))
+            before = context.state.received('moe++', self, logits)
             if before is not None and before.shape == logits.shape:
                 logits = logits + F.linear(before.to(logits), self.residual.to(logits.dtype))
             context.state.leave('moe++', logits)
@@ -249,7 +250,8 @@ def heterogeneous_load_loss(
         return probabilities.sum() * 0.0
     eta = probabilities.new_full((choices,), tau)
     eta[:num_experts] = 1.0
-    chosen = torch.bincount(indices.reshape(-1), minlength=choices).to(eta.dtype) / num_items
+    experts = torch.arange(choices, device=indices.device)
+    chosen = (indices.unsqueeze(-1) == experts).sum((0, 1)).to(eta.dtype) / num_items
     return (eta * chosen * probabilities.mean(0)).sum()
 
 

@@ -93,9 +93,8 @@ class ReMoERouter(GatedRouter):
             if not context.recompute:
                 self._count(weights.detach())
             stats['coefficient'] = coefficient
-        return Routing.from_dense(
-            weights, logits=logits, losses=losses, stats=stats, probabilities=logits.softmax(1)
-        )
+        # No probabilities: its gates are the weights, which balance losses then take.
+        return Routing.from_dense(weights, logits=logits, losses=losses, stats=stats)
 
     def _count(self, weights: Tensor) -> None:
         pairs = (weights > 0).sum().double()

@@ -42,6 +42,7 @@ class SoftMoERouter(Router):
     algorithm 2 (normalisation).
     """
 
+    selects = False
     granularity = 'token'
     granularities = ('token',)
 
