@@ -64,17 +64,22 @@ def expert_statistics(
     found: dict[str, Any] = {
         'items': len(w),
         'share': share.tolist(),
-        'cv': float(share.std() / share.mean()),
+        'cv': coefficient_of_variation(share),
         'living': int((share > living).sum()),
         'effective_k': float(np.exp(_entropy(w[routed] / totals[routed])).mean()),
     }
     for name, labels in (('domain', domains), ('class', classes)):
         if labels is not None:
             joint = _joint(w, labels, name)
-            mi, entropies = _mutual_information(joint)
-            found[f'mi_{name}'] = mi
-            found[f'nmi_{name}'] = 2 * mi / entropies if entropies > 0 else 0.0
+            found[f'mi_{name}'], found[f'nmi_{name}'] = mutual_information(joint)
     return found
+
+
+def coefficient_of_variation(values: ArrayLike) -> float:
+    """Standard deviation (over all, not n - 1) by mean; 0 where the mean is 0."""
+    values = np.asarray(values, dtype=np.float64)
+    mean = values.mean()
+    return float(values.std() / mean) if mean else 0.0
 
 
 def _joint(weights: NDArray, labels: Any, name: str) -> NDArray:
@@ -89,11 +94,15 @@ def _joint(weights: NDArray, labels: Any, name: str) -> NDArray:
     return joint / joint.sum()
 
 
-def _mutual_information(joint: NDArray) -> tuple[float, float]:
-    """I of the two sides of a joint distribution, and the sum of their entropies, in nats."""
+def mutual_information(table: NDArray) -> tuple[float, float]:
+    """(I in nats, NMI) of the two sides of a table of weights; (0, 0) where it has none."""
+    if not table.any():
+        return 0.0, 0.0
+    joint = table / table.sum()
     sides = float(_entropy(joint.sum(0)) + _entropy(joint.sum(1)))
     # Rounding must not make it negative.
-    return max(0.0, sides - float(_entropy(joint.ravel()))), sides
+    mi = max(0.0, sides - float(_entropy(joint.ravel())))
+    return mi, 2 * mi / sides if sides > 0 else 0.0
 
 
 def _entropy(p: NDArray) -> NDArray:
