@@ -25,6 +25,7 @@ from mmdet_moe.moe.balance import (
     variance_loss,
 )
 from mmdet_moe.moe.dispatch import run_experts
+from mmdet_moe.moe.forced import forced_routing
 from mmdet_moe.moe.layer import MoELayer, moe_layers
 from mmdet_moe.moe.probability import ProbabilityMoELayer, mixed_logits
 from mmdet_moe.moe.registry import BALANCE, ROUTERS, build_router
@@ -109,6 +110,7 @@ __all__ = [
     'cv_squared',
     'describe_target',
     'entropy_loss',
+    'forced_routing',
     'importance_loss',
     'kl_loss',
     'load_loss',
