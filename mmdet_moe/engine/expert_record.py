@@ -100,7 +100,7 @@ class ExpertRecord:
         domains: I domains, None where an image has none.
         classes: Names by label.
         objects: The ground truth.
-        levels: Number of FPN levels; 0 where the model has no anchors.
+        levels: Names of the FPN levels, fine to coarse; none where the model has no anchors.
         layers: MoE layer by name.
     """
 
@@ -108,12 +108,12 @@ class ExpertRecord:
     domains: list[str | None]
     classes: list[str]
     objects: Objects
-    levels: int = 0
+    levels: list[str] = field(default_factory=list)
     layers: dict[str, LayerRecord] = field(default_factory=dict)
 
     def by_level(self, layer: str) -> bool:
         """Whether a layer decides once per FPN level."""
-        return self.levels > 1 and self.layers[layer].calls == self.levels
+        return len(self.levels) > 1 and self.layers[layer].calls == len(self.levels)
 
     def of_objects(self, layer: str, values: np.ndarray) -> np.ndarray:
         """(N, E) of (I, C, E): the decision that each object belongs to."""
@@ -206,7 +206,7 @@ class ExpertRecord:
             domains=list(data['images']['domain']),
             classes=list(data['classes']),
             objects=Objects(**objects),
-            levels=data['levels'],
+            levels=list(data['levels']),
             layers=layers,
         )
 
@@ -314,7 +314,7 @@ def groups(record: ExpertRecord, layer: str) -> dict[str, Group]:
     * ``class``: objects of the class,
     * ``area``: objects of COCO's sizes,
     * ``level``: all items of the level (in layers that decide per level),
-    * ``level_area``: objects of each level and size, named ``'P0 small'``.
+    * ``level_area``: objects of each level and size, named ``'P3 small'``.
 
     Only what occurs is listed. The last one tells size from level: where the experts differ
     between levels but not between the sizes of one level, the routing follows the level.
@@ -345,12 +345,11 @@ def groups(record: ExpertRecord, layer: str) -> dict[str, Group]:
     if (objects.area >= 0).any():
         found['area'] = summed(objects.area, AREAS, of_objects)
     if record.by_level(layer):
-        names = [f'P{level}' for level in range(record.levels)]
         weight, share = ((v * items).sum(0) for v in (data.weight, data.share))
-        found['level'] = Group(names, weight, share, data.items.sum(0))
+        found['level'] = Group(record.levels, weight, share, data.items.sum(0))
         if (objects.level >= 0).any():
             key = np.where(objects.area < 0, -1, objects.level * len(AREAS) + objects.area)
-            both = [f'{name} {area}' for name in names for area in AREAS]
+            both = [f'{name} {area}' for name in record.levels for area in AREAS]
             found['level_area'] = summed(key, both, of_objects)
     return found
 

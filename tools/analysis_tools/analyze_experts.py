@@ -278,6 +278,9 @@ def embed(values: np.ndarray, method: str) -> tuple[np.ndarray, str]:
 def detections(runner: Runner, record: ExpertRecord, indices: Sequence[int]) -> list[Any]:
     """Data samples with predictions, None for an image that the data does not give in order."""
     dataset = runner.test_dataloader.dataset
+    head = getattr(unwrapped_model(runner), 'bbox_head', None)
+    if hasattr(head, 'with_levels'):
+        head.with_levels = True
     found = []
     for index in indices:
         (sample,) = runner.model.test_step(pseudo_collate([dataset[index]]))
@@ -296,7 +299,7 @@ def box_experts(
         sample: With ``pred_instances``.
         weights: (C, E) of the image.
         by_level: Whether the C calls are levels.
-        anchors: As :func:`anchor_sizes`.
+        anchors: Of each level, as :func:`object_levels` takes them.
         least: The score.
     """
     found = sample.pred_instances
@@ -375,14 +378,17 @@ def draw_layer(
             f'{name}: experts that share items',
         )
     found = groups(record, name)
-    for kind, what in (('class', 'classes'), ('domain', 'domains')):
+    for kind, what, members in (
+        ('class', 'classes', 'objects'),
+        ('domain', 'domains', 'items'),
+    ):
         if kind not in found or len(found[kind].names) < 2:
             continue
         group, information = found[kind], numbers['information'][kind]
         figures.draw_groups(
             picture(
                 what,
-                f'Mean combine weight over the members of each of the {what} (their number in '
+                f'Mean combine weight over the {members} of each of the {what} (their number in '
                 'brackets), grouped by the expert a row takes more than others do, the most '
                 'special first. Bars: by how much its experts differ from the average.',
             ),
@@ -390,7 +396,7 @@ def draw_layer(
             group.mean,
             group.number,
             specialisation(group.weight),
-            f'{name}: {what} and experts, mutual information {information["mi"]:.3f} nats '
+            f'{name}: {what} and experts\nmutual information {information["mi"]:.3f} nats '
             f'(normalised {information["nmi"]:.3f})',
         )
     panels = {
@@ -465,6 +471,7 @@ def _draw_preferred(
     record: ExpertRecord, name: str, images: Images, picture: Callable[[str, str], Path]
 ) -> None:
     weight = record.layers[name].weight.mean(1)
+    mean = ' (mean over the levels)' if record.by_level(name) else ''
     # Among equal weights (k = 1) not the first images of the data, but any.
     order = np.random.default_rng(0).permutation(len(weight))
     rows = {}
@@ -476,7 +483,7 @@ def _draw_preferred(
             if weight[i, e] > 0
         ]
     figures.draw_preferred(
-        picture('preferred', 'The images of largest combine weight for each expert.'),
+        picture('preferred', f'The images of largest combine weight for each expert{mean}.'),
         rows,
         f'{name}: images that each expert prefers',
     )
@@ -731,7 +738,7 @@ def analyze(args: argparse.Namespace, out: Path, progress: Any) -> str:
         found = zip(indices, detections(runner, record, indices), strict=True)
         samples = {i: sample for i, sample in found if sample is not None}
     history = read_history(Path(args.checkpoint).parent, out)
-    anchors = anchor_sizes(model)
+    anchors = list(anchor_sizes(model).values())
     pictures: dict[str, list[Picture]] = {}
     notes = list(ablation.notes) if ablation else []
     if ablation is not None:

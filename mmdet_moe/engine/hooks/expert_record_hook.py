@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -315,7 +316,7 @@ class _Recorder:
             original, given = (sizes / scale, sizes) if self.resized else (sizes, sizes * scale)
             levels = np.full(len(labels), -1)
             if self.anchors and len(labels):
-                levels = object_levels(given, self.anchors)
+                levels = object_levels(given, list(self.anchors.values()))
             return labels, area_bins(original.prod(1)), levels
         labels = sample.get('gt_label')
         labels = np.zeros(0, np.int64) if labels is None else labels.numpy(force=True).reshape(-1)
@@ -339,7 +340,7 @@ class _Recorder:
             domains=self.domains,
             classes=classes,
             objects=objects,
-            levels=len(self.anchors),
+            levels=list(self.anchors),
             layers={name: self._layer(name) for name in self.features},
         )
 
@@ -402,15 +403,17 @@ def reduce_calls(
     return features, (chosen.t() @ chosen).double()
 
 
-def anchor_sizes(model: nn.Module) -> list[np.ndarray]:
-    """Of each FPN level the (A, 2) width and height of its anchors; empty without anchors."""
+def anchor_sizes(model: nn.Module) -> dict[str, np.ndarray]:
+    """FPN level -> the (A, 2) width and height of its anchors, fine to coarse; empty without
+    anchors. A level of stride 2^i is called Pi."""
     for key in ('bbox_head', 'rpn_head'):
         generator = getattr(getattr(model, key, None), 'prior_generator', None)
         base = getattr(generator, 'base_anchors', None)
         if base is not None:
             boxes = [anchors.numpy(force=True).astype(np.float64) for anchors in base]
-            return [box[:, 2:] - box[:, :2] for box in boxes]
-    return []
+            names = [f'P{math.log2(stride[0]):g}' for stride in generator.strides]
+            return {n: box[:, 2:] - box[:, :2] for n, box in zip(names, boxes, strict=True)}
+    return {}
 
 
 def annotations_are_resized(dataset: Any) -> bool:
@@ -438,7 +441,8 @@ def _transforms(node: Any) -> Iterator[Any]:
             if found:
                 yield from found
                 return
-    yield node
+    if not hasattr(node, 'transforms'):
+        yield node
 
 
 def _first(parts: Any) -> Any:
