@@ -244,7 +244,7 @@ def draw_ablation(
         path: Where to write.
         metric: Name of what is shown.
         learned: With the router's own choice.
-        single: Expert -> value.
+        single: Expert -> value; NaN where there is none.
         equal: With equal weights.
         best: k -> value.
         own_k: The routers' own k, to be marked.
@@ -254,7 +254,7 @@ def draw_ablation(
     figure = _figure(1.6 + 0.48 * (count + len(best)) + 1.2 * (panels - 1), 3.2)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     values = [learned, *single.values(), *best.values(), *([] if equal is None else [equal])]
-    top = max(*values, 1e-9)
+    top = max([value for value in values if math.isfinite(value)] + [1e-9])
     if single or equal is not None:
         axis = axes[0]
         bars = {**single, **({} if equal is None else {'equal': equal})}
@@ -508,6 +508,8 @@ def _cell(value: float) -> str:
 
 def _value(value: float) -> str:
     """Three digits: APs of experts differ in the third."""
+    if not math.isfinite(value):
+        return '–'
     return f'{value:.3f}' if abs(value) < 1 else f'{value:.3g}'
 
 

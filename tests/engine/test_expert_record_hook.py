@@ -328,7 +328,7 @@ def test_items_that_are_no_images_are_left_out_with_a_warning(model, capsys):
     model(torch.zeros(4, 3, 2, 2))
     recorder.end_of_batch({'data_samples': [boxes_sample([], [], 1.0)] * 2})
     assert recorder.record().layers == {}
-    assert "MoE layer '0' are not those of the batch's images" in capsys.readouterr().out
+    assert "MoE layer '0' did not decide over the images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('wrong', [dict(interval=0), dict(max_logits=-1)])

@@ -777,9 +777,10 @@ def draw_ablation(
         path,
         metric,
         metrics[metric],
-        {f'e{e}': found[metric] for e, found in ablation.single.items()},
-        ablation.equal.get(metric),
-        {k: found[metric] for k, found in ablation.best.items()},
+        # COCO's metric says nothing at all where nothing was detected.
+        {f'e{e}': found.get(metric, math.nan) for e, found in ablation.single.items()},
+        ablation.equal.get(metric) if ablation.equal else None,
+        {k: found.get(metric, math.nan) for k, found in ablation.best.items()},
         sorted({layer.router.k for layer in layers if getattr(layer.router, 'k', None)}),
     )
     caption = (

@@ -25,7 +25,7 @@ from mmdet_moe.engine.expert_record import (
     rounded,
 )
 from mmdet_moe.evaluation.expert_statistics import coefficient_of_variation
-from mmdet_moe.moe import MoELayer, Routing, RoutingContext, moe_layers
+from mmdet_moe.moe import MoELayer, Routing, RoutingContext, RoutingState, moe_layers
 from mmdet_moe.moe.soft import SlotRouting
 from mmdet_moe.registry import HOOKS
 
@@ -91,6 +91,7 @@ class ExpertRecordHook(Hook):
         #: What the last validation or test recorded (on the main process).
         self.record: ExpertRecord | None = None
         self._recorder: _Recorder | None = None
+        self._layers: dict[str, MoELayer] = {}
         self._sums: dict[str, Tensor] = {}
         self._history: list[dict] = []
 
@@ -162,6 +163,7 @@ class ExpertRecordHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Take up the history of a resumed run."""
+        self._layers = moe_layers(unwrapped_model(runner))
         self._sums, self._history = {}, []
         file = self._file(runner, 'training')
         if runner.iter > 0 and file.is_file():
@@ -175,31 +177,31 @@ class ExpertRecordHook(Hook):
         data_batch: dict | tuple | list | None = None,
         outputs: dict | None = None,
     ) -> None:
-        layers = moe_layers(unwrapped_model(runner))
-        states = {id(layer.state): layer.state for layer in layers.values()}
-        for state in states.values():
+        for state in _states(self._layers):
             for key, value in state.stats().items():
                 if key.endswith(('/weight', '/count')):
                     value = value.float()
                     known = self._sums.get(key)
                     self._sums[key] = value if known is None else known + value.to(known.device)
-        if layers and (runner.iter + 1) % self.interval == 0:
-            self._note(runner, layers)
+        if self._layers and (runner.iter + 1) % self.interval == 0:
+            self._note(runner)
 
-    def _note(self, runner: Runner, layers: Mapping[str, MoELayer]) -> None:
+    def _note(self, runner: Runner) -> None:
         device = next(unwrapped_model(runner).parameters()).device
         entry: dict[str, Any] = {}
         sums, self._sums = self._sums, {}
-        for name, layer in layers.items():
+        for name, layer in self._layers.items():
             none = torch.zeros(layer.num_experts + len(layer.router.extra_experts))
             key = name.replace('loss', 'los')  # as the state writes it
             total = torch.stack(
                 [sums.get(f'{key}/{what}', none).to(device) for what in ('weight', 'count')]
             )
             all_reduce(total)
+            if not total.any():  # dense warm-up: nothing is routed
+                continue
             weight, count = total.tolist()
             entry[name] = {'importance': rounded(weight, 3), 'count': rounded(count, 0)}
-        if not is_main_process():
+        if not entry or not is_main_process():
             return
         self._history.append({'iter': runner.iter + 1, 'layers': entry})
         content = {'interval': self.interval, 'entries': self._history}
@@ -228,7 +230,7 @@ class _Recorder:
         self.anchors = anchor_sizes(model)
         self.size = len(dataset)
         self.classes = [str(name) for name in _metainfo(dataset).get('classes') or ()]
-        self.states = list({id(x.state): x.state for x in moe_layers(model).values()}.values())
+        self.states = _states(moe_layers(model))
         #: What the layers decided in this batch: (number of the forward, layer, call).
         self.calls: list[tuple[int, str, Call]] = []
         for state in self.states:
@@ -240,7 +242,7 @@ class _Recorder:
         self.items: dict[str, list[np.ndarray]] = defaultdict(list)
         self.logits: dict[str, list[np.ndarray]] = defaultdict(list)
         self.pairs: dict[str, Tensor] = {}
-        self._left_out: set[str] = set()
+        self.called: set[str] = set()
         self._seen = 0
 
     def observe(self, layer: str, routing: Routing | SlotRouting, context: RoutingContext) -> None:
@@ -281,15 +283,10 @@ class _Recorder:
             self.objects.append((np.int64(len(self.images)), *self._truth(samples[i])))
             self.images.append(str(path))
             self.domains.append(told[i] if told[i] is not None else meta.get('domain'))
+        self.called.update(layers)
         for name, calls in layers.items():
             # Items of RoI heads and of windows are not the batch's images.
             if any(c.num_items != len(samples) * c.items_per_image for _, c in calls):
-                if name not in self._left_out:
-                    self.logger.warning(
-                        f'ExpertRecordHook: the items of MoE layer {name!r} are not those of the '
-                        f"batch's images; it is not recorded"
-                    )
-                self._left_out.add(name)
                 continue
             features, pairs = reduce_calls([routing for routing, _ in calls], len(samples), keep)
             self.pairs[name] = self.pairs[name] + pairs if name in self.pairs else pairs
@@ -324,6 +321,16 @@ class _Recorder:
 
     def record(self) -> ExpertRecord:
         """What was seen, on this process."""
+        whole = {
+            name: blocks
+            for name, blocks in self.features.items()
+            if sum(len(block) for block in blocks) == len(self.images)
+        }
+        for name in sorted(self.called - whole.keys()):
+            self.logger.warning(
+                f'ExpertRecordHook: MoE layer {name!r} did not decide over the images of every '
+                f'batch (are its items regions?); it is not recorded'
+            )
         parts = self.objects
         lengths = [len(labels) for _, labels, *_ in parts]
         objects = Objects.empty()
@@ -341,7 +348,7 @@ class _Recorder:
             classes=classes,
             objects=objects,
             levels=list(self.anchors),
-            layers={name: self._layer(name) for name in self.features},
+            layers={name: self._layer(name) for name in whole},
         )
 
     def _layer(self, name: str) -> LayerRecord:
@@ -456,6 +463,11 @@ def _views(data_batch: Any) -> Iterator[Sequence]:
         yield from samples
     else:
         yield samples
+
+
+def _states(layers: Mapping[str, MoELayer]) -> list[RoutingState]:
+    """The routing states of the layers, each once; usually all have one."""
+    return list({id(layer.state): layer.state for layer in layers.values()}.values())
 
 
 def _metainfo(dataset: Any) -> Mapping[str, Any]:
