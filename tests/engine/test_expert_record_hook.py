@@ -331,6 +331,44 @@ def test_items_that_are_no_images_are_left_out_with_a_warning(model, capsys):
     assert "MoE layer '0' did not decide over the images" in capsys.readouterr().out
 
 
+def test_patches_of_an_image_are_one_decision():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1))
+    spec = dict(
+        targets='0', num_experts=3, granularity='patch', grid=2, router=dict(type='TopKRouter', k=1)
+    )
+    replace_modules(model, [spec], RoutingState())
+    (layer,) = moe_layers(model.eval()).values()
+    with torch.no_grad():  # the gate takes the patch's brightest channel
+        layer.router.gate.copy_(torch.eye(3))
+    recorder = recorder_of(model)
+    images = torch.zeros(1, 3, 4, 4)
+    images[0, 0, :2, :2] = 1  # a red patch, two green ones and a blue one
+    images[0, 1, 2:] = 1
+    images[0, 2, :2, 2:] = 1
+    layer.state.begin(['ink'])
+    model(images)
+    recorder.end_of_batch({'data_samples': [boxes_sample([[0, 0, 9, 9]], [0], 1.0)]})
+    numbers = statistics(recorder.record(), '0')
+    assert numbers['items'] == 4 and numbers['count'] == [1, 2, 1]
+    # The object takes its image's mean over the patches.
+    assert numbers['class']['count'] == [[0.25, 0.5, 0.25]]
+    assert numbers['effective_k'] == {'selected': 1, 'entropy': 1}
+
+
+def test_nothing_is_noted_where_nothing_is_routed(model, tmp_path):
+    hook = ExpertRecordHook(interval=1)
+    (layer,) = moe_layers(model.train()).values()
+    visualizer = SimpleNamespace(add_scalars=lambda *args, **kwargs: None)
+    runner = SimpleNamespace(model=model, iter=0, work_dir=str(tmp_path), visualizer=visualizer)
+    hook.before_train(runner)
+    for runner.iter, layer.state.dense in enumerate([True, False]):  # dense warm-up, then experts
+        layer.state.begin(['ink', 'heat', 'ink'], training=True)
+        model(torch.zeros(3, 3, 2, 2))
+        hook.after_train_iter(runner, 0)
+    (entry,) = json.loads((tmp_path / 'expert_record/training.json').read_text())['entries']
+    assert entry == {'iter': 2, 'layers': {'0': {'importance': [2.5, 0.5], 'count': [3, 1]}}}
+
+
 @pytest.mark.parametrize('wrong', [dict(interval=0), dict(max_logits=-1)])
 def test_impossible_options_are_refused(wrong):
     with pytest.raises(ValueError, match='interval must be >= 1 and max_logits >= 0'):
@@ -395,6 +433,40 @@ def test_a_detector_is_recorded_in_training_validation_and_test(
     assert any(f'train/{name}/cv_importance' in line for line in lines)
     (last,) = [line for line in lines if f'test/{name}/living' in line]
     assert f'test/{name}/utilisation_2' in last and f'test/{name}/effective_k' in last
+
+
+def test_a_detector_under_test_time_augmentation_is_seen_through(
+    cheap_runner, tmp_path, tiny_dataset, tiny_domains, tiny_label_space
+):
+    config = detector_config(
+        tmp_path, tiny_dataset, tiny_domains, tiny_label_space, custom_hooks=HOOK
+    )
+    nms = dict(type='nms', iou_threshold=0.5)
+    tta_cfg = dict(nms=nms, max_per_img=10)
+    config['model'] = dict(type='DetTTAModel', tta_cfg=tta_cfg, module=config['model'])
+    keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip')
+    keys += ('flip_direction',)
+    steps = [
+        [dict(type='Resize', scale=(64 * size, 48 * size)) for size in (1, 2)],
+        [dict(type='RandomFlip', prob=0.0)],
+        [dict(type='LoadAnnotations', with_bbox=True)],
+        [dict(type='PackDetInputs', meta_keys=keys)],
+    ]
+    config['test_dataloader']['dataset']['pipeline'] = [
+        dict(type='LoadImageFromFile'),
+        dict(type='TestTimeAug', transforms=steps),
+    ]
+    runner = Runner.from_cfg(Config(config))
+    runner.test()
+    (hook,) = (hook for hook in runner.hooks if isinstance(hook, ExpertRecordHook))
+    record = hook.record
+    # 9 images of two sizes each: 18 views, of which the second has objects of twice the size.
+    assert len(record.images) == 18 and len(set(record.images)) == 9
+    assert statistics(record, 'bbox_head.cls_convs.0')['items'] == 18 * 3
+    size = np.array([record.images[:i].count(record.images[i]) for i in range(18)])
+    levels = [record.objects.level[size[record.objects.image] == view] for view in (0, 1)]
+    assert len(levels[0]) == len(levels[1]) and levels[1].mean() > levels[0].mean()
+    assert (record.objects.area == 0).mean() == 1, 'sizes are those of the original images'
 
 
 def test_a_resumed_training_goes_on_with_its_record(cheap_runner, tmp_path):
