@@ -6,8 +6,10 @@ The model is RetinaNet on EfficientNet-Lite0 at 320 px with every convolution of
 four experts behind a top-2 gate: four layers that decide for each image on each of four FPN levels.
 A run is mmengine's whole test loop: loading images, the detector, the evaluator. The images are
 mini_uodb's, or, where that is not there, generated ones. Exit 1 if the median of the ratios of
-neighbouring runs is above 1.03. Many short runs, because shared machines drift. And shared machines are noisy, so the time inside of the hook's own
-methods is given too, without its observer's, which only appends to a list.
+neighbouring runs is above 1.03.
+
+Shared machines drift, so the runs are many and short; and they are noisy, so the time inside of the
+hook's own methods is given too (without its observer's, which only appends to a list).
 """
 
 from __future__ import annotations
