@@ -17,9 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar('T')
 
 
 class StepError(RuntimeError):
@@ -42,9 +45,13 @@ class Steps:
         out: Folder that holds the memory (``steps.json``) and the log (``steps.log``).
         inputs: Anything that all steps depend on.
         env: Environment variables for all commands.
+        label: Stands before every line that is printed, where several jobs run at once.
     """
 
-    def __init__(self, out: Path, inputs: str, env: dict[str, str]) -> None:
+    def __init__(self, out: Path, inputs: str, env: dict[str, str], label: str = '') -> None:
+        self.label = label
+        self.process: subprocess.Popen | None = None
+        self.stopped = False
         self.memory = out / 'steps.json'
         self.log = out / 'steps.log'
         self.env = {**os.environ, **env}
@@ -57,6 +64,16 @@ class Steps:
     def _remember(self, name: str) -> None:
         self.done[name] = self.key
         write_json(self.memory, self.done)
+
+    def say(self, text: str) -> None:
+        """Print a line, in one piece."""
+        print(f'{self.label}{text}\n', end='', flush=True)
+
+    def stop(self) -> None:
+        """End the command that runs, from another thread; none runs afterwards."""
+        self.stopped = True
+        if self.process is not None:
+            self.process.terminate()
 
     def step(
         self,
@@ -77,9 +94,9 @@ class Steps:
         """
         self.key = hashlib.sha256(f'{self.key} {name} {inputs}'.encode()).hexdigest()
         if self.done.get(name) == self.key and all(path.exists() for path in outputs):
-            print(f'== {what}: done already', flush=True)
+            self.say(f'== {what}: done already')
             return
-        print(f'== {what}', flush=True)
+        self.say(f'== {what}')
         start = time.monotonic()
         begun_before = self.done.get(f'{name} begun') == self.key
         self._remember(f'{name} begun')
@@ -88,7 +105,7 @@ class Steps:
         if missing:
             raise StepError(f'{what}: ended without writing {", ".join(missing)} (see {self.log})')
         self._remember(name)
-        print(f'   {time.monotonic() - start:.0f} s', flush=True)
+        self.say(f'   {time.monotonic() - start:.0f} s')
 
     def run(
         self, *arguments: str, show: Callable[[str], str | None], env: dict[str, str] | None = None
@@ -104,11 +121,13 @@ class Steps:
             StepError: If it fails, with the end of its output.
         """
         spoken = ' '.join([*(f'{k}={v}' for k, v in (env or {}).items()), 'python', *arguments])
-        print(f'   $ {spoken}', flush=True)
+        self.say(f'   $ {spoken}')
         tail: list[str] = []
+        if self.stopped:
+            raise StepError(f'{arguments[0]} was not begun')
         with self.log.open('a') as log:
             log.write(f'\n$ {spoken}\n')
-            process = subprocess.Popen(
+            process = self.process = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=ROOT,
                 env={**self.env, **(env or {})},
@@ -126,7 +145,7 @@ class Steps:
                     tail = [*tail[-24:], line]
                     shown = show(line.rstrip('\n'))
                     if shown is not None:
-                        print(f'   {shown}', flush=True)
+                        self.say(f'   {shown}')
                 process.wait()
             except BaseException:
                 process.terminate()
@@ -147,16 +166,16 @@ def everything(line: str) -> str | None:
 
 def progress(line: str) -> str | None:
     """Show what mmengine's log says about progress: iteration, loss, time left."""
-    match = re.search(r'(Iter|Epoch)\((\w+)\)\s*(?:\[\d+\])?\s*\[\s*(\d+)/(\d+)\s*\](.*)', line)
+    match = re.search(r'(Iter|Epoch)\((\w+)\)\s*(?:\[(\d+)\])?\s*\[\s*(\d+)/(\d+)\s*\](.*)', line)
     if not match:
         return None
-    _, phase, at, of, rest = match.groups()
-    facts = [f'{phase} {at}/{of}']
-    for name in ('eta', 'loss'):
+    unit, phase, epoch, at, of, rest = match.groups()
+    facts = [f'epoch {epoch}' if unit == 'Epoch' and epoch else '', f'{phase} {at}/{of}']
+    for name in ('eta', 'loss', 'accuracy/top1'):
         found = re.search(rf'\b{name}: (\S+)', rest)
         if found:
             facts.append(f'{name} {found[1]}')
-    return '  '.join(facts)
+    return '  '.join(filter(None, facts))
 
 
 def source_digest() -> str:
@@ -200,12 +219,12 @@ def train(
     """The step that trains a config into ``folder``; returns the checkpoint.
 
     Args:
-        steps: The job's.
+        steps: The job's steps.
         what: What the user reads.
         config: The config file.
-        folder: Its work dir.
-        seed: Of the training.
-        options: Further ``--cfg-options``.
+        folder: The work dir.
+        seed: The random seed.
+        options: Changes of the config, ``KEY=VALUE``.
 
     Raises:
         StepError: If training fails or leaves no checkpoint.
@@ -216,11 +235,12 @@ def train(
             shutil.rmtree(folder, ignore_errors=True)
         resume = ['--resume'] if last_checkpoint(folder) else []
         arguments = ['tools/train.py', config, '--work-dir', str(folder), *resume]
-        values = [f'randomness.seed={seed}', *options]
-        steps.run(*arguments, '--cfg-options', *values, show=progress)
+        changes = [f'randomness.seed={seed}', *options]
+        steps.run(*arguments, '--cfg-options', *changes, show=progress)
 
     done = [folder / 'last_checkpoint']
-    steps.step(f'train {folder.name}', what, action, f'{config} {seed} {[*options]}', done)
+    inputs = ' '.join([config, str(seed), *options])
+    steps.step(f'train {folder.name}', what, action, inputs, done)
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise StepError(f'training left no checkpoint in {folder}')
@@ -246,6 +266,24 @@ def test(
 
     steps.step(f'test {folder.name}', what, action, f'{config} {[*options]}', [result])
     return json.loads(result.read_text())['metrics']
+
+
+def run_all(tasks: Sequence[tuple[Steps, Callable[[Steps], T]]], at_once: int) -> list[T]:
+    """Do tasks with steps of their own, several at once; their results, in the order of the tasks.
+
+    When one fails, or the user interrupts, the commands of the others are ended.
+    """
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(task, steps) for steps, task in tasks]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for steps, _ in tasks:
+                steps.stop()
+            raise
+    return [future.result() for future in futures]
 
 
 def threads() -> str:

@@ -1,5 +1,11 @@
 """What runs beside the model: hooks."""
 
-from mmdet_moe.engine.hooks import DenseWarmupHook, PlanHook, RandomStateHook, UpcycleHook
+from mmdet_moe.engine.hooks import (
+    DenseWarmupHook,
+    ExpertRecordHook,
+    PlanHook,
+    RandomStateHook,
+    UpcycleHook,
+)
 
-__all__ = ['DenseWarmupHook', 'PlanHook', 'RandomStateHook', 'UpcycleHook']
+__all__ = ['DenseWarmupHook', 'ExpertRecordHook', 'PlanHook', 'RandomStateHook', 'UpcycleHook']

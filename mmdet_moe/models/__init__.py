@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 from .backbones import *  # noqa: F403
-from .dense_heads import MultiDomainDINOHead, MultiDomainRetinaHead
+from .dense_heads import MoERetinaHead, MultiDomainDINOHead, MultiDomainRetinaHead
 from .detectors import MoEDINO, MoERetinaNet
 from .domain_classes import DomainClasses, MultiDomainHeadMixin, domain_loss_weights
 from .embedder import FrozenEmbedder
@@ -15,6 +15,7 @@ __all__ = [
     'FrozenEmbedder',
     'MoEDINO',
     'MoEMixin',
+    'MoERetinaHead',
     'MoERetinaNet',
     'MultiDomainCdnQueryGenerator',
     'MultiDomainDINOHead',

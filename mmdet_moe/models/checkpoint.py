@@ -28,7 +28,7 @@ class FitReport:
     """What :func:`fit_checkpoint` did.
 
     Attributes:
-        rows: Parameters with class rows that were rearranged, by their key in the checkpoint.
+        rows: Parameters with class rows that were rearranged, by their key in the dense model.
         copied: Unified classes whose rows the checkpoint had, by name.
         reinitialised: Unified classes that keep the model's own initialisation.
         upcycled: MoE layers that the checkpoint holds as dense modules.
@@ -54,10 +54,11 @@ def fit_checkpoint(
 ) -> tuple[dict[str, Tensor], FitReport]:
     """A state dict that loads into ``model``, from that of a dense or MoE model.
 
-    Keys of dense modules stay as they are: MoE layers spread them over their experts when they
-    load. Rows of class parameters (``model.class_rows()``) go to the unified class of the same
-    name; rows of classes that the checkpoint lacks, or all where it names no classes and has
-    another number of them, are the model's own.
+    Keys of dense modules stay as they are, but for modules that name their parts otherwise than
+    mmdet (``rename_dense_keys``): MoE layers spread them over their experts when they load. Rows of
+    class parameters (``model.class_rows()``) go to the unified class of the same name; rows of
+    classes that the checkpoint lacks, or all where it names no classes and has another number of
+    them, are the model's own.
 
     Args:
         model: A model of :class:`~mmdet_moe.models.moe_mixin.MoEMixin`.
@@ -79,8 +80,7 @@ def fit_checkpoint(
     fitted: dict[str, Tensor] = {}
     wrong = []
     matched = False
-    for key, value in state_dict.items():
-        key = key.removeprefix('module.')
+    for key, value in _renamed(model, state_dict).items():
         fitted[key] = value
         layer, target_key = _locate(layers, key)
         target = own.get(target_key)
@@ -146,6 +146,16 @@ def checkpoint_classes(checkpoint: Mapping[str, Any]) -> list[str] | None:
             if names:
                 return list(names)
     return None
+
+
+def _renamed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with the model's own names: without DDP's prefix, and with what a module that
+    is built otherwise than its base (``rename_dense_keys``) calls its parts."""
+    renamed = {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    for name, module in model.named_modules():
+        if hasattr(module, 'rename_dense_keys'):
+            module.rename_dense_keys(renamed, f'{name}.')
+    return renamed
 
 
 def _locate(layers: Mapping[str, MoELayer], key: str) -> tuple[str | None, str]:

@@ -25,7 +25,9 @@ from mmdet_moe.moe.balance import (
     variance_loss,
 )
 from mmdet_moe.moe.dispatch import run_experts
+from mmdet_moe.moe.forced import forced_routing
 from mmdet_moe.moe.layer import MoELayer, moe_layers
+from mmdet_moe.moe.probability import ProbabilityMoELayer, mixed_logits
 from mmdet_moe.moe.registry import BALANCE, ROUTERS, build_router
 from mmdet_moe.moe.replace import TargetError, check_datasets, replace_modules
 from mmdet_moe.moe.routers import (
@@ -83,6 +85,7 @@ __all__ = [
     'MoEPPRouter',
     'PlanPriorRouter',
     'PlanRouter',
+    'ProbabilityMoELayer',
     'ROUTERS',
     'ReMoERouter',
     'RelativeImportanceConstraint',
@@ -107,9 +110,11 @@ __all__ = [
     'cv_squared',
     'describe_target',
     'entropy_loss',
+    'forced_routing',
     'importance_loss',
     'kl_loss',
     'load_loss',
+    'mixed_logits',
     'moe_layers',
     'register_target',
     'register_unsafe',

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -225,6 +225,8 @@ class MoELayer(nn.Module):
         self.frozen_norms = frozen_norms
         self.altered = altered
         self._sync_checked = False
+        #: What :func:`~mmdet_moe.moe.forced_routing` makes of the router's decisions.
+        self.forced: Callable[[Routing | SlotRouting], Routing] | None = None
         for module in self._with_statistics().modules():
             if isinstance(module, _BatchNorm):
                 module.register_forward_pre_hook(_running_statistics_for_one_value)
@@ -324,6 +326,8 @@ class MoELayer(nn.Module):
             balance=tuple(self.balance),
         )
         routing, decided = self._route(x, items, context)
+        if self.forced is not None:
+            routing = self.forced(routing)
         losses = self._account(routing, context, decided)
 
         def per_item(key: int | str, value: Any) -> bool:
@@ -418,6 +422,8 @@ class MoELayer(nn.Module):
                 'items': torch.tensor(context.num_items),
             }
             self.state.add_stats(self.name, {**stats, **routing.stats})
+            for observer in self.state.observers:
+                observer(self.name, routing, context)
         return losses
 
     def _is_per_item(self, key: int | str, value: Tensor, items: Tensor) -> bool:

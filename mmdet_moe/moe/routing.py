@@ -293,6 +293,26 @@ class Routing:
             )
         return self._moved
 
+    def to_dense(self) -> Tensor:
+        """(T, E) combine weights, 0 where an item does not go; the inverse of :meth:`from_dense`.
+
+        Without gradient, float32 where every weight is 1.
+        """
+        if self.items is None:
+            dense = torch.zeros(self.num_items, self.num_experts)
+            if self.expert is not None:
+                dense[:, self.expert] = 1.0
+            return dense
+        device = self.items.device
+        counts = torch.tensor(self.counts, device=device)
+        experts = torch.arange(self.num_experts, device=device).repeat_interleave(
+            counts, output_size=self.items.numel()
+        )
+        weights = self.weights
+        weights = torch.ones(self.items.numel(), device=device) if weights is None else weights
+        dense = weights.new_zeros(self.num_items, self.num_experts)
+        return dense.index_put_((self.items, experts), weights.detach(), accumulate=True)
+
     def importance(self) -> Tensor:
         """(E,) sum of the combine weights per expert, differentiable where the weights are."""
         if self.weights is None or self.items is None:

@@ -63,6 +63,13 @@ class SlotRouting:
         images = 0 if self.affinity is None else self.affinity.shape[0]
         return [images * self.slots] * self.num_experts
 
+    def to_dense(self) -> Tensor:
+        """(T, E) combine weights of an expert's slots together, without gradient."""
+        if self.affinity is None or self.totals is None:
+            return torch.zeros(self.num_items, self.num_experts)
+        weights = (self.affinity / self.totals).detach()
+        return weights.view(self.num_items, self.num_experts, self.slots).sum(2)
+
     def importance(self) -> Tensor:
         """(E,) sum of the combine weights of an expert's slots over the items."""
         if self.affinity is None or self.totals is None:

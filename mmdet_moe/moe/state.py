@@ -62,6 +62,11 @@ class RoutingState:
         self.dense = False
         #: What moves once per forward, in an order that is the same on every rank.
         self._members: list[Any] = []
+        #: Called as ``observer(layer_name, routing, context)`` by every layer, once per call and
+        #: not in recomputations; who looks on must change nothing.
+        self.observers: list[Callable[[str, Any, Any], None]] = []
+        #: The number of forwards begun.
+        self.forwards = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -107,6 +112,7 @@ class RoutingState:
         if domains is not None and num_images is not None and len(domains) != num_images:
             raise ValueError(f'{len(domains)} domains for {num_images} images')
         self._clear()
+        self.forwards += 1
         self.domains = None if domains is None else tuple(domains)
         self.num_images = num_images if domains is None else len(domains)
         self._embed = embed

@@ -5,13 +5,14 @@ Needs matplotlib (imported when something is drawn) and a plan; no torch.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from mmdet_moe.visualization.drawing import clip as _clip
+from mmdet_moe.visualization.drawing import save as _save
+from mmdet_moe.visualization.drawing import short as _short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -213,37 +214,3 @@ def _certificate(plan: ExpertPlan) -> str:
     proof = 'proven optimal' if known['optimal'] else f'gap {known["gap"]:.2%}'
     size = f'{len(plan.datasets)} datasets on {len(plan.experts)} experts'
     return f'{size}: value {known["value"]:.4g}, bound {known["upper_bound"]:.4g} ({proof})'
-
-
-def _short(value: float) -> str:
-    """A number of at most five characters or so, without noise."""
-    if abs(value) < 5e-7:
-        return '0'
-    text = f'{value:.2f}' if 0.005 <= abs(value) < 100 else f'{value:.2g}'
-    return text.replace('0.', '.', 1) if text.lstrip('-').startswith('0.') else text
-
-
-def _clip(name: str, limit: int = 30) -> str:
-    return name if len(name) <= limit else name[: limit - 1] + '…'
-
-
-def _save(figure: Figure, path: str | os.PathLike) -> None:
-    target = Path(path)
-    if not target.suffix:
-        raise ValueError(f'picture {str(target)!r}: the name needs a suffix, say .png')
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        dir=target.parent, prefix=f'.{target.stem}.', suffix=target.suffix
-    )
-    os.close(handle)
-    try:
-        # Without the date in it, the same plan gives the same bytes.
-        metadata = {'.pdf': {'CreationDate': None}, '.svg': {'Date': None}}
-        figure.savefig(name, dpi=150, metadata=metadata.get(target.suffix.lower()))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)

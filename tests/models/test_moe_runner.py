@@ -115,6 +115,30 @@ def test_moe_detector_trains_validates_and_resumes(config, tmp_path):
         torch.testing.assert_close(resumed[key], value, rtol=1e-5, atol=1e-6, msg=key)
 
 
+def test_subnet_experts_start_from_a_trained_retinanet(config, tmp_path):
+    # Trained with the classes in another order: rows go by name.
+    other = dict(domains=dict(blue=['bolt'], ink=['cow', 'dog', 'cat'], heat=['cat', 'car']))
+    trained = train(config('dense', moe=False, label_space=other, iters=1)).model.state_dict()
+    cfg = config('subnets', moe=False, iters=1, load_from=str(tmp_path / 'dense/iter_1.pth'))
+    cfg.model.bbox_head.type = 'MoERetinaHead'
+    router = dict(type='TopKRouter', k=2)
+    cfg.model.moe = [dict(targets=r'bbox_head\.(cls|reg)_subnet', num_experts=3, router=router)]
+    runner = Runner.from_cfg(cfg)
+    runner.load_or_resume()
+    space, theirs = runner.model.label_space, LabelSpace.from_config(other)
+    rows = [theirs.unified_id(name) for name in space.classes]
+    for name, layer in runner.model.bbox_head.named_children():
+        for expert in getattr(layer, 'experts', []):
+            weight = trained[f'bbox_head.{name[:3]}_convs.0.conv.weight']
+            assert torch.equal(expert.convs[0].conv.weight, weight)
+            weight = trained[f'bbox_head.retina_{name[:3]}.weight']
+            if name == 'cls_subnet':
+                weight = weight.unflatten(0, (-1, theirs.num_classes))[:, rows].flatten(0, 1)
+            assert torch.equal(expert.output.weight, weight)
+    runner.train()
+    assert runner.iter == 1
+
+
 def test_load_from_a_dense_checkpoint_with_other_classes(config, tmp_path, caplog):
     # Only 'cat' and 'bolt' are classes of both.
     other = dict(domains=dict(ink=['cat', 'dog', 'cow'], blue=['bolt']))

@@ -238,7 +238,7 @@ def to_markdown(runs: Sequence[Run], metrics: Sequence[str], baseline: str | Non
             for name in row_names(columns.values())
         ]
         rows[-1] = [f'**{text}**' if text else '' for text in rows[-1]]
-        lines += [*_table(header, rows), '']
+        lines += [*markdown_table(header, rows), '']
     if any(run.complexity for run in runs):
         sizes = [run.complexity or {} for run in runs]
         shapes = {tuple(size['shape']) for size in sizes if size}
@@ -249,7 +249,7 @@ def to_markdown(runs: Sequence[Run], metrics: Sequence[str], baseline: str | Non
             ['active parameters', *(_large(size.get('active_parameters')) for size in sizes)],
             [f'multiply-adds{at}', *(_large(size.get('flops')) for size in sizes)],
         ]
-        lines += [*_table(['', *(run.name for run in runs)], rows), '']
+        lines += [*markdown_table(['', *(run.name for run in runs)], rows), '']
     lines += [f'- {run.name}: {note}' for run in runs for note in run.notes]
     return '\n'.join(lines).rstrip() + '\n'
 
@@ -278,7 +278,8 @@ def _large(number: float | None) -> str:
     return f'{number:.0f}'
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, its first column left, the others right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

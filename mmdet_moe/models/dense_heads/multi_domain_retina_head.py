@@ -9,10 +9,11 @@ from torch import Tensor
 from mmdet_moe.registry import MODELS
 
 from ..domain_classes import MASKED_LOGIT, MultiDomainHeadMixin
+from .levels import LevelsMixin
 
 
 @MODELS.register_module()
-class MultiDomainRetinaHead(MultiDomainHeadMixin, RetinaHead):
+class MultiDomainRetinaHead(MultiDomainHeadMixin, LevelsMixin, RetinaHead):
     """RetinaNet's head over several domains with one label space.
 
     Channels of ``retina_cls`` are anchor * C + class with C unified classes. An image's loss and
@@ -20,8 +21,8 @@ class MultiDomainRetinaHead(MultiDomainHeadMixin, RetinaHead):
     the rows of these classes), whatever else is in the batch.
 
     Args:
-        See :class:`~mmdet_moe.models.domain_classes.MultiDomainHeadMixin` and mmdet's
-        ``RetinaHead``.
+        See :class:`~mmdet_moe.models.domain_classes.MultiDomainHeadMixin`,
+        :class:`~mmdet_moe.models.dense_heads.levels.LevelsMixin` and mmdet's ``RetinaHead``.
     """
 
     def loss_by_feat(
