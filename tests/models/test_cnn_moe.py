@@ -13,6 +13,7 @@ import torch
 from mmdet.models.backbones import ResNet as DetectionResNet
 from mmengine.analysis import FlopAnalyzer
 from mmengine.logging import MMLogger
+from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from tiny_models import build, images, mixed_batch, total_loss
@@ -314,6 +315,24 @@ def test_classifier_with_independent_narrow_experts_and_a_global_gate_trains():
     found = model.predict(images(2, size=32))
     assert len(found) == 2
     assert len(moe_layers(copy.deepcopy(model))) == 2
+
+
+def test_an_average_of_all_buffers_averages_a_shared_router_once():
+    spec = dict(
+        targets=r'backbone\.layer[34]',
+        num_experts=2,
+        router=dict(type='TopKRouter', k=1),
+        share_router='call',
+    )
+    model = classifier([spec])
+    average = ExponentialMovingAverage(model, momentum=0.25, update_buffers=True)
+    assert average.module.backbone.layer4.router is average.module.backbone.layer3.router
+    average.update_parameters(model)  # the first only copies
+    before = model.backbone.layer3.router.gate.detach().clone()
+    with torch.no_grad():
+        model.backbone.layer3.router.gate.add_(1.0)
+    average.update_parameters(model)
+    torch.testing.assert_close(average.module.backbone.layer4.router.gate, before + 0.25)
 
 
 def test_freeze_others_moves_the_classifiers_experts_and_router_only():
