@@ -1,4 +1,5 @@
-# PatchConvMoE: each 8x8 map in 2 x 2 patches, which are routed separately.
+# PatchConvMoE: each 8x8 map in 2 x 2 patches, which are routed separately by a gate of two
+# convolutions.
 _base_ = ['./resnet18_dense_cifar100.py', '../_base_/cnn_moe.py']
 model = dict(
     moe=[
@@ -8,7 +9,7 @@ model = dict(
             balance=_base_.balances.importance,
             granularity='patch',
             grid=2,
-            router=dict(_base_.moe_layer.router, kind='conv'),
+            router=dict(_base_.moe_layer.router, kind='conv', convs=2),
             noise=_base_.moe_layer.noise,
         )
     ]

@@ -92,6 +92,8 @@ def run_experts(
     routing = routing.on(items.device)
     order, inverse, weights = routing.items, routing.inverse, routing.weights
     assert order is not None
+    if torch.jit.is_tracing():  # an analyser of costs cannot look into functions of our own
+        inverse = None
     active = [e for e, count in enumerate(routing.counts) if count]
     plain = None if args or kwargs else plain_experts(experts, active, items)
     if plain is not None and not grouped_mm_fits(plain, items):

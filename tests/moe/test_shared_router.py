@@ -196,6 +196,18 @@ def test_checkpointing_repeats_the_decision_exactly(how, names):
 
 
 @pytest.mark.parametrize('how', ['call', 'image'])
+def test_under_bfloat16_autocast_gradients_are_finite_and_close(how):
+    router = topk_router(k=3, noise=False)  # all experts: rounding moves no selection
+    model, state = shared(how, router=router)
+    _, exact = step(model, state)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        _, grads = step(model, state)
+    gate = 'first.router.gate'
+    assert all(grad.isfinite().all() for grad in grads.values())
+    torch.testing.assert_close(grads[gate], exact[gate], rtol=0.2, atol=0.02)
+
+
+@pytest.mark.parametrize('how', ['call', 'image'])
 @pytest.mark.parametrize('name', ['first', 'second'])
 def test_reentrant_checkpointing_is_refused(how, name):
     model, state = shared(how)
