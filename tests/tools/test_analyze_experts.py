@@ -123,6 +123,28 @@ def test_a_classifier_from_config_to_page(tool, tmp_path, capsys):
     assert 'the model has no MoE layers' in capsys.readouterr().err
 
 
+def test_what_a_plan_cannot_be_forced_to_is_said(
+    tool, tmp_path, tiny_dataset, tiny_domains, tiny_label_space
+):
+    config = detector_config(tmp_path, tiny_dataset, tiny_domains, tiny_label_space)
+    # Two experts serve ink, which comes first; heat has one.
+    plan = dict(ink=dict(e0=0.75, e1=0.25), heat='e0', blue='e1')
+    spec = dict(targets=r'bbox_head\.cls_convs\.0', router=dict(type='PlanRouter', plan=plan))
+    config['model']['moe'] = [spec]
+    assert tool.main([*trained(tmp_path, config), '--images', '0', '--layers', 'cls']) == 0
+    report = json.loads((tmp_path / 'experts' / 'report.json').read_text())
+    (note,) = report['notes']
+    assert note.startswith('the 2 best: ') and 'gives no logits' in note
+    assert set(report['ablation']['k']) == {'1'}
+    # Four images of ink, three of heat, two of blue, on three levels.
+    numbers = report['layers']['bbox_head.cls_convs.0']
+    assert numbers['importance'] == [(4 * 0.75 + 3) * 3, (4 * 0.25 + 2) * 3]
+    assert (
+        'combine weights (the router gives no logits)'
+        in (tmp_path / 'experts' / 'index.html').read_text()
+    )
+
+
 def detected(levels=None):
     sample = DetDataSample(metainfo=dict(scale_factor=(2.0, 2.0)))
     sample.pred_instances = InstanceData(

@@ -203,6 +203,9 @@ def ablate(runner: Runner, progress: Any) -> Ablation:
                 raise
             found.notes.append(f'{text}: {error}')
             progress.remove_task(task)
+            # What it was given before is still in it.
+            runner.test_loop.evaluator = runner.build_evaluator(runner.cfg.test_evaluator)
+            runner.test_loop.evaluator.dataset_meta = runner.test_dataloader.dataset.metainfo
             continue
         if 'expert' in what:
             found.single[what['expert']] = metrics
