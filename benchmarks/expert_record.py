@@ -51,7 +51,7 @@ def build(args: argparse.Namespace, folder: Path) -> tuple[Any, Any, str]:
     else:
         what, name = 'generated', 'demo'
         os.environ['MMDET_MOE_DEMO_DATA'] = f'{folder}/data/'
-        made = ['--out', f'{folder}/data', '--images', '4', '--val-images', '10', '--size', '320']
+        made = ['--out', f'{folder}/data', '--images', '8', '--val-images', '10', '--size', '320']
         tool = [sys.executable, str(ROOT / 'tools' / 'make_domains.py'), *made]
         subprocess.run(tool, check=True, stdout=subprocess.DEVNULL)
     cfg = Config.fromfile(ROOT / f'configs/gem/dense-retinanet_effnet-lite0_{name}.py')
@@ -65,6 +65,9 @@ def build(args: argparse.Namespace, folder: Path) -> tuple[Any, Any, str]:
     ]
     for domain in cfg.test_dataloader.dataset.domains.values():
         domain.indices = args.images
+    for step in cfg.test_dataloader.dataset.pipeline:
+        if step['type'] == 'Resize':
+            step.scale = (320, 320)
     cfg.custom_hooks = [dict(type='ExpertRecordHook')]
     cfg.update(work_dir=str(folder / 'run'), log_level='ERROR', randomness=dict(seed=args.seed))
     cfg.default_hooks.pop('visualization', None)
