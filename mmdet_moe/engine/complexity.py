@@ -112,7 +112,7 @@ def _one_image(model: nn.Module, domain: str | None, shape: tuple[int, int]) -> 
         with torch.no_grad(), _quiet():
             count = FlopAnalyzer(model, (image,)).total()
     finally:
-        model.forward = forward
+        del model.forward
     return _idle_parameters(model), float(count)
 
 
@@ -121,9 +121,9 @@ def _idle_parameters(model: nn.Module) -> float:
     forward: the free experts of MoE++ too, shared experts never."""
     idle = 0.0
     for name, layer in _moe_layers(model):
-        if not layer.router.selects:
-            continue
         stats = layer.state.stats()
+        if not layer.router.selects or stat_key(name, 'items') not in stats:
+            continue
         items = float(stats[stat_key(name, 'items')])
         counts = stats[stat_key(name, 'count')].tolist()
         experts = [*layer.experts, *layer.router.extra_experts]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from mmdet_moe.moe import (
     ROUTERS,
     MoELayer,
+    PlanRouter,
     RoutingState,
     check_datasets,
     replace_modules,
@@ -113,6 +114,7 @@ class MoEMixin:
         if label_space is not None:
             # A label space may name domains that are held out of training, and so of the plan.
             check_datasets(self, label_space.domains, held_out=True)
+        self._planned = planned_domains(self.moe_layers().values())
         self._prototypes = _prototypes([plan, *(_plan_of(spec) for spec in specs)])
         if embedder is None and self._prototypes is not None:
             embedder = self._prototypes.get('embedder')
@@ -261,7 +263,8 @@ class MoEMixin:
         unknown = [i for i, domain in enumerate(domains) if domain is None]
         # The closure keeps the images until the next forward: only where they may be needed.
         embed: Callable[[], Tensor] | None = None
-        if (unknown or self._embeds_known) and self._embedder is not None:
+        asked = unknown or self._embeds_known or not self._planned.issuperset(domains)
+        if asked and self._embedder is not None:
             embed = self._embed_of(inputs, samples)
         images = inputs if self._routes_images else None
         self.routing_state.begin(
@@ -405,6 +408,12 @@ def _is_rgb(preprocessor: Any) -> bool:
         preprocessor.get if isinstance(preprocessor, Mapping) else vars(preprocessor or object).get
     )
     return bool(get('bgr_to_rgb') or get('to_rgb') or get('_channel_conversion'))
+
+
+def planned_domains(layers: Iterable[MoELayer]) -> frozenset[str]:
+    """The domains that every plan among the layers' routers knows: others go by their embedding."""
+    plans = [r.datasets for x in layers for r in x.router.modules() if isinstance(r, PlanRouter)]
+    return frozenset.intersection(*map(frozenset, plans)) if plans else frozenset()
 
 
 def is_plan_router(spec: Mapping) -> bool:

@@ -36,6 +36,10 @@ from mmdet_moe.moe.routing import Routing
 #: Rows an expert computes at a time on the CPU: its temporaries stay near the processor, and the
 #: matrix products are long enough to be fast.
 BLOCK_ROWS = 1024
+#: Torch's grouped matrix product, under either of its names; None before torch 2.8.
+GROUPED_MM: Callable[..., Tensor] | None = getattr(
+    F, 'grouped_mm', getattr(torch, '_grouped_mm', None)
+)
 
 
 # Which experts are plain
@@ -201,6 +205,7 @@ def plain_experts(
         or hooks._global_forward_hooks
         or hooks._global_forward_pre_hooks
         or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
     ):
         return None
     found: list[PlainExpert] = []
@@ -288,8 +293,9 @@ def onednn_products() -> Products:
         if not torch.backends.mkldnn.is_available():
             return BLAS
         found = OneDNNProducts()
-        x, w, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3), torch.arange(4.0)
-        out, back = torch.empty(2, 4), torch.empty(2, 3)
+        numbers = torch.arange(12, dtype=torch.float32)
+        x, w, b = numbers[:6].view(2, 3), numbers.view(4, 3), numbers[:4]
+        out, back = x.new_empty(2, 4), x.new_empty(2, 3)
         found.linear(x, w, b, out)
         found.times(out, w, back)
         good = out.equal(F.linear(x, w, b)) and back.equal(out @ w)
@@ -298,9 +304,14 @@ def onednn_products() -> Products:
         return BLAS
 
 
+def _onednn_is_on() -> bool:
+    """Whether the user lets torch use oneDNN (``torch.backends.mkldnn.flags``)."""
+    return getattr(torch._C, '_get_mkldnn_enabled', lambda: True)()
+
+
 def products_of(x: Tensor) -> Products:
     """Whose products to use for tensors like ``x``."""
-    if x.device.type != 'cpu' or x.dtype != torch.float32:
+    if x.device.type != 'cpu' or x.dtype != torch.float32 or not _onednn_is_on():
         return BLAS
     return onednn_products()
 
@@ -504,7 +515,7 @@ class _PlainExperts(torch.autograd.Function):
 def grouped_mm_fits(experts: Sequence[PlainExpert], items: Tensor) -> bool:
     """Whether torch's grouped matrix product takes these experts: bfloat16 on a CUDA device of
     compute capability 8 or more, every row a multiple of 16 bytes."""
-    if not hasattr(F, 'grouped_mm') or items.device.type != 'cuda':
+    if GROUPED_MM is None or items.device.type != 'cuda':
         return False
     if (compute_dtype(items) or items.dtype) != torch.bfloat16:
         return False
@@ -540,7 +551,8 @@ def grouped_mm_experts(
             if layer:
                 assert activation is not None
                 x = activation.plain(x)
-            x = F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+            assert GROUPED_MM is not None
+            x = GROUPED_MM(x, weight.transpose(1, 2), offs=ends)
             if linears[0].bias is not None:
                 bias = torch.stack([linear.bias.to(dtype) for linear in linears])
                 x = x + bias.repeat_interleave(sizes, dim=0, output_size=x.shape[0])

@@ -29,8 +29,8 @@ class Routing:
         num_items: T.
         num_experts: E.
         counts: Pairs per expert, on the host (E numbers, sum n).
-        items: (n,) item of each pair, grouped by expert, ascending within a group. None when the
-            whole batch goes to :attr:`expert`.
+        items: (n,) item of each pair, grouped by expert, within a group in the router's order. None
+            when the whole batch goes to :attr:`expert`.
         weights: (n,) combine weight of each pair; None when every weight is exactly 1.
         expert: The one expert that takes the whole batch with weight 1, or None.
         inverse: (T·k,) where every item has exactly k pairs: the place in the grouped order of the
@@ -287,9 +287,9 @@ class Routing:
         if self._moved is None or self._moved.items.device != device:  # type: ignore[union-attr]
             self._moved = replace(
                 self,
-                items=self.items.to(device),
-                weights=None if self.weights is None else self.weights.to(device),
-                inverse=None if self.inverse is None else self.inverse.to(device),
+                items=to_device(self.items, device),
+                weights=None if self.weights is None else to_device(self.weights, device),
+                inverse=None if self.inverse is None else to_device(self.inverse, device),
             )
         return self._moved
 
@@ -331,6 +331,11 @@ def group_starts(ranked: Tensor, groups: int) -> Tensor:
     """
     bounds = torch.arange(groups + 1, device=ranked.device, dtype=ranked.dtype)
     return torch.searchsorted(ranked, bounds)
+
+
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A small tensor from the host on ``device``, without waiting for what the device does."""
+    return tensor.to(device=device, dtype=dtype or tensor.dtype, non_blocking=True)
 
 
 def _on_host(tensor: Tensor) -> bool:

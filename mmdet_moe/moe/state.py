@@ -169,7 +169,8 @@ class RoutingState:
             chain.readers.clear()
             chain.left = None
         chain.readers.add(id(reader))
-        calls.append((own.detach(), chain.left))
+        if self.training:  # else nothing is computed again
+            calls.append((own.detach(), chain.left))
         return chain.left
 
     def leave(self, kind: str, value: Tensor) -> None:

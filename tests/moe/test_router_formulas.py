@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmdet_moe.moe import (
     ImportanceLoss,
+    KLLoss,
     RoutingContext,
     RoutingState,
     SwitchLoss,
@@ -183,6 +184,21 @@ def test_every_expert_takes_its_best_items_of_each_image():
     assert (dense_weights(router(x, context_of(4, per_image=2))) > 0).sum(0).tolist() == [2, 2]
 
 
+def test_an_expert_that_a_constraint_closes_chooses_nothing():
+    layer, state = moe_of(
+        ToyFFN(4),
+        num_experts=2,
+        granularity='token',
+        router=dict(type='ExpertChoiceRouter'),
+        balance=[dict(type='RelativeImportanceConstraint', threshold=0.5)],
+    )
+    layer.balance[0].relative.copy_(torch.tensor([1.0, -1.0]))  # expert 0 had too much
+    state.begin(num_images=2, training=True)
+    layer(torch.randn(2, 3, 4)).sum().backward()
+    assert state.stats()['target/count'].tolist() == [0, 6]  # ceil(2 · 3 / 2) = 3 of each image
+    assert all(p.grad is None for p in layer.experts[0].parameters())
+
+
 # Sinkhorn, BASE
 
 
@@ -274,8 +290,10 @@ def test_balance_losses_of_remoe_are_of_its_relu_gates():
     # Importance 1 + 2 and 0 + 1: mean 2, variance 1, over the squared mean 1/4
     loss = ImportanceLoss(weight=1.0)(routing, context)['importance']
     assert loss.item() == pytest.approx(0.25)
-    with pytest.raises(ValueError, match='the router gave no probabilities'):
-        SwitchLoss()(routing, context)
+    with pytest.raises(
+        ValueError, match='SwitchLoss is a loss of probabilities, which ReMoERouter'
+    ):
+        SwitchLoss().check(router)
 
 
 # DAMEX, plan prior
@@ -322,6 +340,18 @@ def test_the_plan_prior_starts_as_the_plan_and_needs_no_domain_at_test():
         assert dense_weights(routing).tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 0]]
         routing.weights.sum().backward()
         assert router.gate.grad.abs().sum() > 0
+
+
+def test_damex_around_a_plan_prior_asks_for_embeddings_and_hands_options_on():
+    plan = ExpertPlan.from_assignment({'a': 'e0', 'b': 'e1'}, prototypes=dict(
+        embedder=dict(type='FrozenEmbedder'), dimension=2, concentration=5.0,
+        mean={'a': [1.0, 0.0], 'b': [0.0, 1.0]},
+    ))  # fmt: skip
+    router = DAMEXRouter(plan, dict(type='PlanPriorRouter', plan=plan), in_channels=2)
+    assert router.needs_embeddings
+    top1 = DAMEXRouter(plan, dict(type='TopKRouter', k=1, renormalize=True), in_channels=2)
+    with pytest.raises(ValueError, match='has nothing to move'):
+        KLLoss(of='weights').check(top1)
 
 
 def test_the_plan_prior_leaves_the_plan_where_the_gate_outweighs_it():
@@ -373,7 +403,7 @@ def test_moe_pp_load_loss_and_capacity():
     assert heterogeneous_load_loss(p, chosen, 1, 0.75).item() == pytest.approx(0.6875)
     assert heterogeneous_load_loss(torch.zeros(0, 3), chosen[:0], 1, 0.75).item() == 0
     # 2 experts, 2 free, tau .5: 12 · 2 / (.5 · 2 + 2) = 8 for free ones, 4 for the others
-    assert heterogeneous_capacity(12, 2, 4, 2, 0.5, 1.0) == [4, 4, 8, 8]
+    assert heterogeneous_capacity(12, 2, 4, 2, 0.5, 1.0) == (4, 8)
 
 
 def test_moe_pp_adds_the_logits_of_the_layer_before():
@@ -394,6 +424,36 @@ def test_moe_pp_adds_the_logits_of_the_layer_before():
     model[1](hidden)
     torch.testing.assert_close(seen[0], one.logits(x))  # the first has none before it
     torch.testing.assert_close(seen[1], two.logits(hidden) + 2 * seen[0])
+
+
+def test_moe_pp_z_loss_is_of_the_logits_it_selects_from():
+    model, state = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), RoutingState()
+    spec = dict(targets=r'\d', num_experts=2, router=dict(type='MoEPPRouter', z_loss=1.0))
+    replace_modules(model, [spec], state)
+    seen = []
+    for layer in model:
+        nn.init.normal_(layer.router.residual, std=10.0)
+        nn.init.normal_(layer.router.gate_out)
+        layer.router.register_forward_hook(lambda m, i, routing: seen.append(routing.logits))
+    state.begin(num_images=4, training=True)
+    model(torch.randn(4, 3))
+    expected = sum(router_z_loss(logits) for logits in seen)  # the second with its residual
+    torch.testing.assert_close(state.collect()['loss_moe_router_z'], expected)
+    state.begin(num_images=4)
+    model.eval()(torch.randn(4, 3))
+    assert not any(state._chains['moe++'].calls.values())  # nothing is computed again in evaluation
+
+
+def test_moe_pp_drops_by_priority():
+    router = MoEPPRouter(
+        2, 2, k=1, zero=0, copy=0, constant=0, capacity_factor=0.5, prioritised=True, tau=1.0
+    )
+    logits = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+    # gamma·tau·k·T / (tau·E) = .5 · 4 / 2 = 1 place; of items 0, 1, 2 the surest is 1.
+    routing = router.route(torch.zeros(4, 2), logits, context_of(4, training=True))
+    assert routing.items.tolist() == [1, 3]
+    with pytest.raises(ValueError, match='there is no capacity_factor'):
+        MoEPPRouter(2, 2, prioritised=True)
 
 
 @pytest.mark.parametrize('reentrant', [None, True, False])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mmdet_moe.moe.routing import Routing, RoutingContext
+from mmdet_moe.moe.routing import Routing, RoutingContext, to_device
 
 if TYPE_CHECKING:
     from mmdet_moe.moe.state import RoutingState
@@ -33,6 +33,8 @@ class BalanceLoss(nn.Module):
 
     #: Key of the loss in the log: ``loss_moe_<name>``.
     name = ''
+    #: Whether it is a loss of the router's probabilities, which not every router has.
+    needs_probabilities: bool = False
 
     def __init__(self, weight: float = 0.01) -> None:
         super().__init__()
@@ -53,6 +55,11 @@ class BalanceLoss(nn.Module):
                 f'own, or a dict'
             )
         self._taken = True
+        if self.needs_probabilities and not getattr(router, 'has_probabilities', True):
+            raise ValueError(
+                f'{type(self).__name__} is a loss of probabilities, which {type(router).__name__} '
+                f'has not'
+            )
 
     def forward(self, routing: Routing, context: RoutingContext) -> dict[str, Tensor]:
         """The weighted losses of one routing, scalars by name."""
@@ -169,7 +176,7 @@ def weight_sums(routing: Routing, context: RoutingContext, power: int = 1) -> Te
     if not isinstance(routing, Routing):
         raise ValueError(f'MoE layer {context.layer!r}: its router selects nothing to balance')
     if routing.weights is None or routing.items is None:  # every weight is 1
-        return torch.tensor(routing.counts, dtype=torch.float32, device=context.device)
+        return to_device(torch.tensor(routing.counts, dtype=torch.float32), context.device)
     weights = full_precision(routing.weights)
     weights = weights if power == 1 else weights.pow(power)
     return torch.stack([part.sum() for part in weights.split(routing.counts)])

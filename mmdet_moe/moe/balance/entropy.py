@@ -56,6 +56,7 @@ class EntropyLoss(SummedLoss):
     """
 
     name = 'entropy'
+    needs_probabilities = True
 
     def __init__(self, weight: float = 0.01, item_weight: float = 0.0) -> None:
         super().__init__(weight)

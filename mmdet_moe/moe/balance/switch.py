@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmdet_moe.moe.balance.base import SummedLoss, probabilities_of, shares
 from mmdet_moe.moe.registry import BALANCE
-from mmdet_moe.moe.routing import Routing, RoutingContext
+from mmdet_moe.moe.routing import Routing, RoutingContext, to_device
 
 CHOICES = ('first', 'all')
 
@@ -40,6 +40,7 @@ class SwitchLoss(SummedLoss):
     """
 
     name = 'switch'
+    needs_probabilities = True
 
     def __init__(self, weight: float = 0.01, choices: str = 'first') -> None:
         super().__init__(weight)
@@ -56,7 +57,7 @@ class SwitchLoss(SummedLoss):
             experts = torch.arange(gates.shape[1], device=gates.device)
             chosen = (scores.argmax(1, keepdim=True) == experts).sum(0)
         else:
-            chosen = torch.tensor(routing.counts, device=gates.device)
+            chosen = to_device(torch.tensor(routing.counts), gates.device)
         items = gates.new_full((1,), gates.shape[0])
         return torch.cat([chosen.to(gates.dtype), gates.sum(0), items])
 

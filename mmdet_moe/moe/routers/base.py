@@ -35,6 +35,8 @@ class Router(nn.Module):
     learned: bool = True
     #: Whether it selects experts for items; balance losses are refused where it does not.
     selects: bool = True
+    #: Whether its routings come with probabilities; losses of them are refused where not.
+    has_probabilities: bool = True
     #: The granularity a layer takes when its config names none; None leaves it to the target.
     granularity: str | None = None
     #: The granularities it can do; None: any.

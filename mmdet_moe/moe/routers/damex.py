@@ -12,7 +12,7 @@ from torch import Tensor
 from mmdet_moe.moe.registry import ROUTERS, build_router
 from mmdet_moe.moe.routers.base import Router
 from mmdet_moe.moe.routers.plan import PlanRouter
-from mmdet_moe.moe.routing import Routing, RoutingContext
+from mmdet_moe.moe.routing import Routing, RoutingContext, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +33,9 @@ class DAMEXRouter(Router):
     soft target) and w ``weight``. In the paper the table is a dict made by hand, here it is a GEM
     plan. Each item's target comes from its own image, so any batch size and both granularities
     work. At test no domain is needed: the inner router routes.
+
+    The inner router must score the plan's experts for each item: Soft MoE (which selects nothing)
+    and MoE++ (which has free experts beside them) are refused.
 
     Items whose domain is not told, or not in the plan, teach nothing ('ignore'); the mean is over
     the others. An expert that a balancing constraint blocks in a batch is not taught in it.
@@ -76,15 +79,18 @@ class DAMEXRouter(Router):
         if not self.inner.selects or len(self.inner.extra_experts):
             raise ValueError(
                 f'DAMEXRouter: {type(self.inner).__name__} does not score the {table.num_experts} '
-                f'experts of the plan for each item, so there is nothing to supervise'
+                f'experts of the plan, and no others, for each item: the plan cannot supervise it'
             )
         self.weight = weight
         self.unknown = unknown
         self.needs_maps = self.inner.needs_maps
         self.granularity = self.inner.granularity
         self.granularities = self.inner.granularities
-        if hasattr(self.inner, 'k'):
-            self.k = self.inner.k
+        self.needs_embeddings = self.inner.needs_embeddings
+        self.has_probabilities = self.inner.has_probabilities
+        for option in ('k', 'renormalize'):  # what balance losses look at
+            if hasattr(self.inner, option):
+                setattr(self, option, getattr(self.inner, option))
 
     @property
     def keeps_dense_function(self) -> bool:
@@ -122,9 +128,10 @@ class DAMEXRouter(Router):
                 f'image {image} of the batch, domain {names[image]!r}: not one of the datasets of '
                 f'the plan: {list(self.plan.datasets)}'
             )
+        weights = to_device(weights, logits.device, logits.dtype)
         if context.items_per_image != 1:
             weights = weights.repeat_interleave(context.items_per_image, dim=0)
-        return soft_cross_entropy(logits, weights.to(logits.device, logits.dtype))
+        return soft_cross_entropy(logits, weights)
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

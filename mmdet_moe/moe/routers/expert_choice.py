@@ -86,6 +86,8 @@ class ExpertChoiceRouter(GatedRouter):
         offsets = per_group * places.new_ones(groups).cumsum(0) - per_group
         items = (places + offsets.view(-1, 1, 1)).permute(2, 0, 1).reshape(-1)
         experts = items.new_ones(self.num_experts).cumsum(0) - 1
+        # A constraint has closed the experts at -inf: they take nothing, not even with weight 0.
+        experts = experts.masked_fill(logits.isneginf().all(0), -1)
         return Routing.from_pairs(
             items,
             experts.repeat_interleave(groups * taken),

@@ -49,8 +49,8 @@ class GatedRouter(Router):
             that tau starts at 2.
         jitter: In training, each number the gate sees is multiplied by a uniform draw from
             [1 - jitter, 1 + jitter]; the experts see the items as they are.
-        z_loss: Factor of :func:`router_z_loss` (1e-3 in the paper), in the log as
-            ``loss_moe_router_z``.
+        z_loss: Factor of :func:`router_z_loss` (1e-3 in the paper) of the gate's logits, in the log
+            as ``loss_moe_router_z``.
 
     Raises:
         ValueError: At construction for impossible options; in the forward for items of another
@@ -184,19 +184,23 @@ class GatedRouter(Router):
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
             if self.needs_maps:
                 x = self.pool(x)
-            logits = self.logits(x)
+            logits = self.complete(self.logits(x), context)
             routing = self.route(x, logits, context)
             if context.training and self.z_loss:
                 # Of the raw logits: one that a constraint has put to -inf is none of the gate's.
                 routing.losses['router_z'] = self.z_loss * router_z_loss(logits)
         return routing
 
+    def complete(self, logits: Tensor, context: RoutingContext) -> Tensor:
+        """The gate's (T, E) logits with what else belongs to them."""
+        return logits
+
     def route(self, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
         """Select. Call ``context.constrain(logits)`` first, and give the routing the result.
 
         Args:
             x: (T, gate_channels) what the gate scored, float32 or float64.
-            logits: (T, E) as :meth:`logits` gave them.
+            logits: (T, E) as :meth:`logits` and :meth:`complete` gave them.
             context: What else there is to know.
         """
         raise NotImplementedError

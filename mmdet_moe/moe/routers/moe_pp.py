@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,6 +102,8 @@ class MoEPPRouter(GatedRouter):
         tau: See above.
         weight: w; in the log as ``loss_moe_heterogeneous_load``.
         capacity_factor, test_capacity_factor: gamma in training and evaluation.
+        prioritised: Over the capacity, keep the items of largest probability, as
+            :class:`~mmdet_moe.moe.routers.gated.SelectingRouter` does.
         jitter, z_loss: Of :class:`~mmdet_moe.moe.routers.gated.GatedRouter`.
 
     Source: Jin et al. 2025 (MoE++, arXiv 2410.07348), eq. 2-9 and its public code (gate, weights).
@@ -123,6 +124,7 @@ class MoEPPRouter(GatedRouter):
         weight: float = 0.01,
         capacity_factor: float | None = None,
         test_capacity_factor: float | None = None,
+        prioritised: bool = False,
         jitter: float = 0.0,
         z_loss: float = 0.0,
     ) -> None:
@@ -148,6 +150,9 @@ class MoEPPRouter(GatedRouter):
         self.weight = weight
         self.capacity_factor = capacity_factor
         self.test_capacity_factor = test_capacity_factor
+        if prioritised and capacity_factor is None and test_capacity_factor is None:
+            raise self.refusal('prioritised drops by priority, but there is no capacity_factor')
+        self.prioritised = prioritised
         free: list[nn.Module] = [CopyExpert() for _ in range(copy)]
         free += [ConstantExpert(in_channels) for _ in range(constant)]
         free += [ZeroExpert() for _ in range(zero)]
@@ -191,12 +196,16 @@ class MoEPPRouter(GatedRouter):
     def logits(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.gate_in.to(x.dtype)).tanh(), self.gate_out.to(x.dtype))
 
+    def complete(self, logits: Tensor, context: RoutingContext) -> Tensor:
+        if self.residual is None:
+            return logits
+        before = context.state.received('moe++', self, logits)
+        if before is not None and before.shape == logits.shape:
+            logits = logits + F.linear(before.to(logits), self.residual.to(logits.dtype))
+        context.state.leave('moe++', logits)
+        return logits
+
     def route(self, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
-        if self.residual is not None:
-            before = context.state.received('moe++', self, logits)
-            if before is not None and before.shape == logits.shape:
-                logits = logits + F.linear(before.to(logits), self.residual.to(logits.dtype))
-            context.state.leave('moe++', logits)
         logits = context.constrain(logits)
         p = logits.softmax(1)
         weights, indices = p.topk(self.k, dim=1)
@@ -211,11 +220,14 @@ class MoEPPRouter(GatedRouter):
             indices = indices.masked_fill(is_zero, -1)
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-9)
         if factor is not None:
-            limits = heterogeneous_capacity(
+            heavy, light = heterogeneous_capacity(
                 logits.shape[0], self.num_experts, self.num_choices, self.k, self.tau, factor
             )
-            capacity = torch.tensor(limits, device=indices.device)
-            indices = drop_over_capacity(indices, capacity, self.num_choices)
+            capacity = indices.new_full((self.num_choices,), light)
+            capacity[: self.num_experts] = heavy
+            # The gate's own word: the weights are normalised by now.
+            priority = p.detach().amax(1) if self.prioritised else None
+            indices = drop_over_capacity(indices, capacity, self.num_choices, priority)
         return Routing.from_topk(
             weights,
             indices,
@@ -257,12 +269,11 @@ def heterogeneous_load_loss(
 
 def heterogeneous_capacity(
     num_items: int, num_experts: int, choices: int, k: int, tau: float, factor: float
-) -> Sequence[int]:
-    """N capacities: ceil(gamma·tau·k·T / (tau·E + Z)) for the E experts, without the tau for the
+) -> tuple[int, int]:
+    """Capacities ceil(gamma·tau·k·T / (tau·E + Z)) of an expert, without the tau of one of the
     Z = N - E free ones."""
     share = factor * k * num_items / (tau * num_experts + choices - num_experts)
-    heavy, light = math.ceil(tau * share - 1e-9), math.ceil(share - 1e-9)
-    return [heavy] * num_experts + [light] * (choices - num_experts)
+    return math.ceil(tau * share - 1e-9), math.ceil(share - 1e-9)
 
 
 __all__ = [

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmdet_moe.moe.registry import ROUTERS
 from mmdet_moe.moe.routers.gated import SelectingRouter
 from mmdet_moe.moe.routers.plan import PlanRouter
-from mmdet_moe.moe.routing import Routing, RoutingContext
+from mmdet_moe.moe.routing import Routing, RoutingContext, to_device
 
 if TYPE_CHECKING:
     from mmdet_moe.planning import ExpertPlan
@@ -100,15 +100,15 @@ class PlanPriorRouter(SelectingRouter):
         self.plan.check_datasets(domains, held_out)
 
     def prior(self, context: RoutingContext) -> Tensor:
-        """(T, E) the smoothed plan's probabilities of each item, float64 on the CPU."""
+        """(B, E) the smoothed plan's probabilities of each image, float64 on the CPU."""
         told = self.domains == 'always' or (self.domains == 'train' and context.training)
         q = self.plan.image_weights(context) if told else self.plan.posterior_weights(context)
-        if context.items_per_image != 1:
-            q = q.repeat_interleave(context.items_per_image, dim=0)
         return (1 - self.smoothing) * q + self.smoothing / self.num_experts
 
     def route(self, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
-        prior = self.prior(context).log().to(logits.device, logits.dtype)
+        prior = to_device(self.prior(context).log(), logits.device, logits.dtype)
+        if context.items_per_image != 1:
+            prior = prior.repeat_interleave(context.items_per_image, dim=0)
         logits = context.constrain(logits + prior)
         p = logits.softmax(1)
         chosen, indices = logits.topk(self.k, dim=1)

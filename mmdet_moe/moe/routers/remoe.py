@@ -48,6 +48,7 @@ class ReMoERouter(GatedRouter):
     averaged over the layers.
     """
 
+    has_probabilities = False
     coefficient: Tensor
 
     def __init__(

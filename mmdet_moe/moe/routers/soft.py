@@ -77,7 +77,9 @@ class SoftMoERouter(Router):
             with torch.autocast(items.device.type, enabled=False):
                 x = items if items.dtype == torch.float64 else items.float()
                 slots = F.normalize(self.slot_embeddings.to(x.dtype), dim=1)
-                scale = self.scale.to(x.dtype).clamp(-MAX_SCALE, MAX_SCALE)
+                scale = self.scale.to(x.dtype)
+                # Held at the limit, but with a gradient that can bring it back.
+                scale = scale + (scale.clamp(-MAX_SCALE, MAX_SCALE) - scale).detach()
                 logits = F.linear(F.normalize(x, dim=1), slots * scale) - scale.detach().abs()
                 affinity = logits.exp().view(-1, context.items_per_image, logits.shape[1])
         return SlotRouting(context.num_items, self.num_experts, affinity, self.slots)

@@ -79,7 +79,7 @@ class TopKRouter(SelectingRouter):
             if self.noise == 'learned':
                 std = F.softplus(F.linear(x, self.noise_gate.to(x.dtype)))
             else:
-                std = logits.new_tensor(self.noise_std / self.num_experts)
+                std = logits.new_full((), self.noise_std / self.num_experts)
             noisy = logits + torch.randn_like(logits) * std
         chosen, indices = noisy.topk(self.k, dim=1)
         if self.renormalize:
