@@ -263,8 +263,8 @@ class MoEMixin:
         unknown = [i for i, domain in enumerate(domains) if domain is None]
         # The closure keeps the images until the next forward: only where they may be needed.
         embed: Callable[[], Tensor] | None = None
-        asked = unknown or self._embeds_known or not self._planned.issuperset(domains)
-        if asked and self._embedder is not None:
+        unplanned = self._planned is not None and not self._planned.issuperset(domains)
+        if (unknown or unplanned or self._embeds_known) and self._embedder is not None:
             embed = self._embed_of(inputs, samples)
         images = inputs if self._routes_images else None
         self.routing_state.begin(
@@ -410,10 +410,11 @@ def _is_rgb(preprocessor: Any) -> bool:
     return bool(get('bgr_to_rgb') or get('to_rgb') or get('_channel_conversion'))
 
 
-def planned_domains(layers: Iterable[MoELayer]) -> frozenset[str]:
-    """The domains that every plan among the layers' routers knows: others go by their embedding."""
+def planned_domains(layers: Iterable[MoELayer]) -> frozenset[str] | None:
+    """The domains that every plan among the layers' routers knows (others go by their embedding);
+    None without a plan."""
     plans = [r.datasets for x in layers for r in x.router.modules() if isinstance(r, PlanRouter)]
-    return frozenset.intersection(*map(frozenset, plans)) if plans else frozenset()
+    return frozenset.intersection(*map(frozenset, plans)) if plans else None
 
 
 def is_plan_router(spec: Mapping) -> bool:

@@ -146,6 +146,23 @@ def test_preprocessing_is_undone_for_bgr_too():
     assert image.flatten().tolist() == [63, 42, 21]
 
 
+def test_a_held_out_domain_is_routed_by_its_embedding_though_it_is_told():
+    plan = ExpertPlan.from_assignment(
+        {'street': 'e0', 'blood': 'e1'},
+        prototypes=dict(
+            embedder=dict(type='ColourEmbedder'),
+            dimension=3,
+            mean=dict(street=[1.0, 0.0, 0.0], blood=[0.0, 1.0, 0.0]),
+            concentration=10.0,
+        ),
+    )
+    model = build('retinanet', moe=moe_specs('retinanet', plan=plan)).eval()
+    # The label space knows 'yard', the plan does not; the image is green, as those of 'blood' are.
+    model.predict(coloured(10, 200, 30), [sample('yard', [], [])])
+    counts = model.routing_state.stats()[f'{model.moe_names[0]}/count']
+    assert counts[1] > 0 and counts[0] == 0
+
+
 def test_unknown_domain_with_error_policy_is_refused():
     specs = moe_specs('retinanet')
     specs[0]['router'] = dict(type='PlanRouter', plan=colour_plan(), unknown='error')
