@@ -67,9 +67,9 @@ class BASERouter(GatedRouter):
     r"""The balanced assignment of largest total score in training, the best expert at test.
 
     In training every item gets one expert and none of the E takes more than
-    :math:`\lceil T / E \rceil` (:func:`balanced_assignment`); the weight is the sigmoid of the
-    chosen logit, so that the gate learns. The assignment is exact, on the host, and takes the cube
-    of the number of items: it is made in interleaved groups of at most ``group_size``.
+    :math:`\lceil T' / E \rceil` of a group of T' items (:func:`balanced_assignment`); the weight is
+    the sigmoid of the chosen logit, so that the gate learns. The assignment is exact, on the host,
+    and takes the cube of T': it is made in interleaved groups of at most ``group_size``.
 
     Args:
         in_channels: d.
