@@ -142,7 +142,7 @@ class Routing:
                 raise ValueError(f'{pairs} pairs ({dropped} dropped) are not {uniform} per item')
             inverse = torch.empty_like(order)
             inverse[order] = torch.arange(pairs, device=order.device)
-            if uniform == 1 and _on_host(order):
+            if uniform == 1 and on_host(order):
                 in_order = bool((order[1:] > order[:-1]).all())
         items = items.index_select(0, order)
         return cls(
@@ -232,7 +232,7 @@ class Routing:
         record: dict[str, Any] = dict(
             logits=logits, probabilities=probabilities, losses=losses or {}, stats=stats or {}
         )
-        if not _on_host(weights):
+        if not on_host(weights):
             return cls._from_dense_on_device(weights, chosen, record)
         unit = not weights.requires_grad and bool((weights[chosen] == 1).all())
         uniform = None
@@ -338,7 +338,7 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     return tensor.to(device=device, dtype=dtype or tensor.dtype, non_blocking=True)
 
 
-def _on_host(tensor: Tensor) -> bool:
+def on_host(tensor: Tensor) -> bool:
     """Whether looking at single values costs no wait for a device."""
     return tensor.device.type == 'cpu'
 
@@ -375,6 +375,11 @@ class RoutingContext:
         for loss in self.balance:
             logits = loss.constrain(logits, self)
         return logits
+
+    @property
+    def may_close(self) -> bool:
+        """Whether a constraint may have put experts' logits to -inf."""
+        return self.training and any(loss.closes for loss in self.balance)
 
     @property
     def num_images(self) -> int:

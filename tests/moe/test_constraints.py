@@ -19,6 +19,7 @@ from mmdet_moe.moe import (
     Routing,
     RoutingContext,
     RoutingState,
+    TopKRouter,
 )
 
 KINDS = ['RelativeImportanceConstraint', 'MeanImportanceConstraint']
@@ -146,17 +147,17 @@ def test_the_calls_of_one_forward_are_one_batch():
 
 
 @pytest.mark.parametrize('k', [1, 2, 3])
-def test_at_least_k_experts_stay_open_those_with_the_least_account(k):
+def test_at_least_so_many_experts_stay_open_those_with_the_least_account(k):
     for kind in (relative, mean):
         constraint = kind(threshold=0.0)
-        constraint.k = k
+        constraint.min_open = k
         account = constraint.relative if kind is relative else constraint.mean
         account.copy_(torch.tensor([4.0, 2.0, 3.0, 1.0]))  # all are over the threshold
         # Ranks from the least account: experts 3, 1, 2, 0.
         assert constraint.blocked().tolist() == [True, k < 2, k < 3, False]
 
 
-def test_two_constraints_together_leave_k_experts_open():
+def test_two_constraints_together_leave_an_expert_open():
     first, second = relative(threshold=0.0), mean(threshold=0.0)
     first.relative.copy_(torch.tensor([1.0, 1.0, 1.0, -3.0]))  # closes 0, 1, 2
     second.mean.copy_(torch.tensor([0.0, 0.0, 0.0, 1.0]))  # alone it would close 3
@@ -169,7 +170,7 @@ def test_no_sequence_of_batches_closes_all():
     for k in (1, 2):
         constraints = relative(threshold=0.0), mean(threshold=0.0)
         for constraint in constraints:
-            constraint.k = k
+            constraint.min_open = k
         bench = Bench(*constraints)
         for _ in range(200):
             weights = torch.rand(3, 4, generator=generator) ** 8
@@ -286,6 +287,42 @@ def test_the_relative_constraint_balances_a_collapsed_router():
     # In every window of 100 steps, too.
     for window in seen.split(100):
         assert window.mean(0).tolist() == pytest.approx([0.25] * 4, abs=0.03)
+
+
+@pytest.mark.parametrize('experts, k, noise, skew', [
+    (4, 2, 'fixed', 1.0), (4, 2, 'learned', 1.0), (4, 3, 'fixed', 1.0), (10, 2, 'learned', 1.0),
+])  # fmt: skip
+def test_the_relative_constraint_balances_a_router_of_several_experts(experts, k, noise, skew):
+    """A real router that insists: bias skew · [E-1, ..., 1, 0] on the logits, 2000 steps."""
+    state = RoutingState()
+    constraint = relative(experts, threshold=0.5)
+    state.register(constraint)
+    router = TopKRouter(1, experts, k=k, noise=noise, bias=True)
+    with torch.no_grad():
+        router.gate.zero_()
+        router.bias.copy_(skew * torch.arange(experts - 1, -1, -1.0))
+    torch.manual_seed(0)
+    total, items = torch.zeros(experts), torch.zeros(16, 1)
+    for _ in range(2000):
+        state.begin(training=True)
+        context = RoutingContext(state, 16, training=True, layer='here', balance=(constraint,))
+        with torch.no_grad():
+            routing = router(items, context)
+        constraint(routing, context)
+        state.collect()
+        total += routing.importance() / 16
+    assert (total / 2000 * experts).tolist() == pytest.approx([1.0] * experts, rel=0.02)
+    assert constraint.relative.abs().max() < 10 * experts  # an account that stays bounded
+
+
+def test_a_closed_expert_is_not_even_the_second_choice():
+    layer, state = layer_of([dict(RELATIVE, threshold=0.5)], k=2)
+    layer.balance[0].relative.copy_(torch.tensor([2.0, 1.0, 1.0, -4.0]))  # only expert 3 is open
+    train(layer, state, steps=1)
+    counts = state.stats()['target/count']
+    assert counts[:3].tolist() == [0, 0, 0] and counts[3] > 0
+    assert state.stats()['target/weight'][3].item() == pytest.approx(counts[3].item())
+    assert all(p.grad is None for e in range(3) for p in layer.experts[e].parameters())
 
 
 def test_the_mean_constraint_only_caps():

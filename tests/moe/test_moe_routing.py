@@ -93,7 +93,7 @@ def test_on_a_device_a_routing_waits_once_and_is_the_same(name, monkeypatch):
     weights = torch.tensor(DENSE[name]).reshape(-1, 3)
     indices = weights.topk(2, dim=1).indices
     on_host = [Routing.from_dense(weights), Routing.from_topk(None, indices, 3)]
-    monkeypatch.setattr('mmdet_moe.moe.routing._on_host', lambda tensor: False)
+    monkeypatch.setattr('mmdet_moe.moe.routing.on_host', lambda tensor: False)
     makers = [lambda: Routing.from_dense(weights), lambda: Routing.from_topk(None, indices, 3)]
     for make, expected in zip(makers, on_host, strict=True):
         with Waits() as waits:

@@ -33,6 +33,8 @@ class BalanceLoss(nn.Module):
 
     #: Key of the loss in the log: ``loss_moe_<name>``.
     name = ''
+    #: Whether it may put the logits of an expert to -inf.
+    closes: bool = False
     #: Whether it is a loss of the router's probabilities, which not every router has.
     needs_probabilities: bool = False
 

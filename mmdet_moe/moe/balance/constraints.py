@@ -11,8 +11,11 @@ and not again when activation checkpointing recomputes, where the same experts a
 first pass. A forward that is not collected does not count, nor does one without an item on any
 rank, or with weights that are not finite.
 
-**Never all.** At least k experts stay open (k: what the router selects; 1 where that is not a fixed
-number): the k with the least account, those of lower number among equals. With several constraints
+**Never all.** At least ``min_open`` experts stay open, by default one: those with the least
+account, of lower number among equals. A router that takes k experts per item then gets fewer where
+fewer are open: a closed expert has weight 0 and its pairs are dropped. If k always stayed open, a
+starved expert would have to share every item with k - 1 rivals that are over the threshold, and the
+relative constraint could not balance a router that insists. With several constraints
 in one list, a later one counts what the earlier ones have closed.
 """
 
@@ -40,16 +43,22 @@ class ImportanceConstraint(BalanceLoss):
     Args:
         threshold: An expert is closed while its account is greater.
         num_experts: E; the layer fills it in.
+        min_open: Experts that stay open at least.
     """
 
-    def __init__(self, threshold: float, num_experts: int) -> None:
+    closes = True
+
+    def __init__(self, threshold: float, num_experts: int, min_open: int = 1) -> None:
         super().__init__(weight=0.0)
         if not math.isfinite(threshold) or threshold < 0:
             raise ValueError(f'{type(self).__name__}: threshold must be >= 0, got {threshold}')
+        if not 1 <= min_open <= num_experts:
+            raise ValueError(
+                f'{type(self).__name__}: min_open must be 1 to {num_experts}, got {min_open}'
+            )
         self.threshold = threshold
         self.num_experts = num_experts
-        #: Experts that stay open at least.
-        self.k = 1
+        self.min_open = min_open
 
     def account(self) -> Tensor:
         """(E,) what is compared with the threshold."""
@@ -71,20 +80,19 @@ class ImportanceConstraint(BalanceLoss):
                 f'{type(self).__name__} evens out all experts, {type(router).__name__} has free '
                 f'ones, which are meant to get another share'
             )
-        self.k = min(getattr(router, 'k', None) or 1, experts)
 
     @torch.no_grad()
     def blocked(self, closed: Tensor | None = None) -> Tensor:
-        """(E,) bool: the experts closed in the next forward, at most E - k.
+        """(E,) bool: the experts closed in the next forward, at most E - min_open.
 
         Args:
-            closed: (E,) bool, those that others have closed, at most E - k.
+            closed: (E,) bool, those that others have closed, at most E - min_open.
         """
         account = self.account()
         over = account > self.threshold
         if closed is not None:
             account = account.masked_fill(closed, torch.inf)
-        return over.index_fill(0, account.argsort(stable=True)[: self.k], False)
+        return over.index_fill(0, account.argsort(stable=True)[: self.min_open], False)
 
     def constrain(self, logits: Tensor, context: RoutingContext) -> Tensor:
         """-inf for closed experts, in training."""
@@ -163,14 +171,15 @@ class RelativeImportanceConstraint(ImportanceConstraint):
     Args:
         threshold: m; 0.5 for classification, 0.3 for RetinaNet in the paper.
         num_experts: E; the layer fills it in.
+        min_open: Experts that stay open at least.
 
     Source: Pavlitska et al. (arXiv 2204.10598), hard constraint "relative importance".
     """
 
     relative: Tensor
 
-    def __init__(self, threshold: float = 0.5, *, num_experts: int) -> None:
-        super().__init__(threshold, num_experts)
+    def __init__(self, threshold: float = 0.5, *, num_experts: int, min_open: int = 1) -> None:
+        super().__init__(threshold, num_experts, min_open)
         self.register_buffer('relative', torch.zeros(num_experts))
 
     def account(self) -> Tensor:
@@ -196,6 +205,7 @@ class MeanImportanceConstraint(ImportanceConstraint):
     Args:
         threshold: m; 0.3 in the paper. Without effect where 1/E + m >= 1.
         num_experts: E; the layer fills it in.
+        min_open: Experts that stay open at least.
 
     Source: Pavlitska et al. (arXiv 2204.10598), hard constraint "mean importance".
     """
@@ -203,8 +213,8 @@ class MeanImportanceConstraint(ImportanceConstraint):
     mean: Tensor
     batches: Tensor
 
-    def __init__(self, threshold: float = 0.3, *, num_experts: int) -> None:
-        super().__init__(threshold, num_experts)
+    def __init__(self, threshold: float = 0.3, *, num_experts: int, min_open: int = 1) -> None:
+        super().__init__(threshold, num_experts, min_open)
         self.register_buffer('mean', torch.zeros(num_experts))
         self.register_buffer('batches', torch.zeros((), dtype=torch.long))
 

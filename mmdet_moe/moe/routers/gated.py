@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdet_moe.moe.routers.base import Router
-from mmdet_moe.moe.routing import Routing, RoutingContext, group_starts
+from mmdet_moe.moe.routing import Routing, RoutingContext, group_starts, on_host
 
 KINDS = ('linear', 'cosine', 'conv')
 ACTIVATIONS = {'relu': F.relu}
@@ -291,8 +291,15 @@ class SelectingRouter(GatedRouter):
             indices: (T, k) the experts.
             context: Tells training from evaluation.
             dropping: Whether ``indices`` has negative entries already.
-            record: Further arguments of ``Routing.from_topk``; ``probabilities`` among them.
+            record: Further arguments of ``Routing.from_topk``; ``logits`` and ``probabilities``
+                among them.
         """
+        if context.may_close:
+            # With fewer experts open than k, the choice has closed ones in it, with weight 0.
+            closed = record['logits'].gather(1, indices.clamp(min=0)).isneginf()
+            if not on_host(closed) or bool(closed.any()):
+                indices = indices.masked_fill(closed, -1)
+                dropping = True
         capacity = self.capacity(indices.shape[0], context.training)
         if capacity is not None:
             priority = None
