@@ -9,5 +9,6 @@ default_hooks = dict(checkpoint=dict(max_keep_ckpts=2, save_best='accuracy/top1'
 custom_hooks = [
     dict(type='mmdet_moe.RandomStateHook'),  # a killed run resumes exactly
     dict(type='mmdet_moe.UpcycleHook'),  # load_from takes dense checkpoints
+    dict(type='mmdet_moe.ExpertRecordHook'),  # who does what: docs/looking_inside.md
 ]
 find_unused_parameters = True  # an expert may be idle

@@ -7,12 +7,12 @@ load_from = (
 )
 model = dict(
     freeze_others=True,
-    bbox_head=dict(type='MoERetinaHead'),
+    bbox_head=dict(type='MoERetinaHead', with_levels=True),
     moe=[
         dict(
             targets=r'bbox_head\.(cls|reg)_subnet',
             num_experts=4,
-            router=dict(type='TopKRouter', k=2),
+            router=dict(type='TopKRouter', k=2, bias=True),
             balance=[dict(type='KLLoss', weight=0.25)],
             noise=0.05,
         )
@@ -26,3 +26,4 @@ param_scheduler = [
     {**_base_.param_scheduler[1], 'begin': 40, 'end': 400, 'T_max': 360},
 ]
 default_hooks = dict(checkpoint=dict(interval=100))
+custom_hooks = [*_base_.custom_hooks, dict(type='ExpertRecordHook')]

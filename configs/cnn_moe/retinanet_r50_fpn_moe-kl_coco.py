@@ -22,7 +22,7 @@ model = dict(
         dict(
             targets=r'bbox_head\.(cls|reg)_subnet',
             num_experts=4,
-            router=dict(type='TopKRouter', k=2, kind='conv', projection=256),
+            router=dict(type='TopKRouter', k=2, kind='conv', projection=256, bias=True),
             balance=[dict(type='KLLoss', weight=0.25)],
             noise=0.05,
         )
@@ -59,6 +59,7 @@ param_scheduler = None
 train_cfg = dict(max_epochs=20)
 auto_scale_lr = dict(base_batch_size=4)
 custom_hooks = [
+    dict(type='ExpertRecordHook', _scope_='mmdet_moe'),
     dict(type='RandomStateHook', _scope_='mmdet_moe'),
     dict(type='UpcycleHook', _scope_='mmdet_moe'),
 ]

@@ -25,6 +25,7 @@ SUBNETS = ['bbox_head.cls_subnet', 'bbox_head.reg_subnet']
 #: The MoE layers of the variants; the others have both subnets.
 LAYERS = {
     'retinanet_r50_fpn_moe-kl-cls-only_coco': SUBNETS[:1],
+    'retinanet_r50_fpn_moe-kl-reg-only_coco': SUBNETS[1:],
     'retinanet_r50_fpn_moe-kl-last-conv_coco': [f'{name}.convs.3' for name in SUBNETS],
     'retinanet_r50_fpn_moe-kl-layer4_coco': ['backbone.layer4'],
 }
@@ -111,10 +112,11 @@ def test_full_size_runs_have_the_papers_recipe_and_differ_in_their_experts_only(
     assert base['train_dataloader']['batch_size'] == 4 and base['train_cfg']['max_epochs'] == 20
     assert base['optim_wrapper']['optimizer'] == dict(type='Adam', lr=1e-5)
     assert base['optim_wrapper']['clip_grad'] == dict(max_norm=0.1, norm_type=2)
-    assert len(COCO) == 6
+    assert len(COCO) == 9
     for name in COCO:
         cfg = read(name).to_dict()
         cfg['model']['moe'] = base['model']['moe']
+        assert cfg['model']['bbox_head'].pop('mix', None) == ('logit' if 'logit' in name else None)
         assert cfg == base, name
 
 
