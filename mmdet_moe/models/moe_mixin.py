@@ -105,6 +105,7 @@ class MoEMixin:
         if specs:
             self.moe_names = replace_modules(self, specs, self.routing_state)
         self._routes_images = any(x.share == 'image' for x in self.moe_layers().values())
+        self._refuse_frozen()
         self.freeze_others = freeze_others
         if freeze_others:
             self._freeze_others()
@@ -166,10 +167,19 @@ class MoEMixin:
 
     def _others(self) -> Iterator[nn.Module]:
         """The modules outside of MoE layers."""
-        inside = tuple(f'{name}.' for name in self.moe_names)
-        for name, module in self.named_modules():
-            if name not in self.moe_names and not name.startswith(inside):
-                yield module
+        inside = {id(part) for layer in self.moe_layers().values() for part in layer.modules()}
+        return (module for module in self.modules() if id(module) not in inside)
+
+    def _refuse_frozen(self) -> None:
+        """A backbone freezes its first stages whole: a router in there would never learn."""
+        for name, layer in self.moe_layers().items():
+            parameters = list(layer.experts.parameters())
+            if layer.router.learned and parameters and not any(p.requires_grad for p in parameters):
+                raise ValueError(
+                    f'MoE layer {name!r} is in a part that the model freezes (frozen_stages?): '
+                    f'neither its experts nor its router would learn. Freeze less, or choose '
+                    f'another target'
+                )
 
     def _freeze_others(self) -> None:
         for module in self._others():
@@ -235,6 +245,11 @@ class MoEMixin:
         with self._routing(inputs, data_samples):
             return super().predict(inputs, data_samples, *args, **kwargs)
 
+    def extract_feat(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the base model; by itself it is a forward of its own, with no domain told."""
+        with self._routing(inputs, None):
+            return super().extract_feat(inputs, *args, **kwargs)
+
     @contextmanager
     def _routing(self, inputs: Tensor, data_samples: Sequence | None) -> Iterator[None]:
         """Begin the routing state, unless an outer entry of this forward already has."""
@@ -268,7 +283,12 @@ class MoEMixin:
             embed = self._embed_of(inputs, samples)
         images = inputs if self._routes_images else None
         self.routing_state.begin(
-            domains, len(inputs), embed=embed, training=self.training, images=images
+            domains,
+            len(inputs),
+            embed=embed,
+            training=self.training,
+            images=images,
+            extents=image_extents(inputs, samples),
         )
         if unknown and embed is not None and not self.training and self._prototypes is not None:
             self._set_nearest(samples, unknown)
@@ -335,6 +355,24 @@ class Detached:
 
     def __getstate__(self) -> dict:
         return {'cfg': self.cfg, '_module': None}
+
+
+def image_extents(inputs: Tensor, samples: Sequence) -> list[tuple[float, float]]:
+    """The share of the batch's height and width that each image has, the rest being padding.
+
+    Args:
+        inputs: Preprocessed batch, has shape (B, 3, H, W).
+        samples: A data sample per image, or None; one that was batched with padding has
+            ``batch_input_shape`` beside its ``img_shape``.
+    """
+    height, width = inputs.shape[-2:]
+    extents = []
+    for sample in samples:
+        meta = {} if sample is None else sample.metainfo
+        known = 'img_shape' in meta and 'batch_input_shape' in meta
+        h, w = meta['img_shape'][:2] if known else (height, width)
+        extents.append((min(1.0, h / height), min(1.0, w / width)))
+    return extents
 
 
 def restore_images(

@@ -388,6 +388,8 @@ def _reach(module: nn.Module) -> int:
 
     farthest = 0
     kernels, dilations = pair(module.kernel_size), pair(getattr(module, 'dilation', 1))
+    if getattr(module, 'padding_mode', 'zeros') == 'circular':
+        raise ValueError('circular padding reaches over the whole map, which cannot be cut')
     padding = module.padding
     for axis in (0, 1):
         extent = dilations[axis] * (kernels[axis] - 1)

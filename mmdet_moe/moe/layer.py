@@ -19,7 +19,7 @@ from mmdet_moe.moe.dispatch import _map_trees, run_experts
 from mmdet_moe.moe.patches import Patches
 from mmdet_moe.moe.registry import BALANCE, build_router
 from mmdet_moe.moe.routers import Router
-from mmdet_moe.moe.routing import Routing, RoutingContext
+from mmdet_moe.moe.routing import Routing, RoutingContext, own_places
 from mmdet_moe.moe.sharing import SHARES, image_features, let_go_of_graphs, shared_routing
 from mmdet_moe.moe.soft import SlotRouting, run_slots
 from mmdet_moe.moe.state import RoutingState
@@ -324,6 +324,7 @@ class MoELayer(nn.Module):
             device=x.device,
             layer=self.name,
             balance=tuple(self.balance),
+            extents=self._extents(items),
         )
         routing, decided = self._route(x, items, context)
         if self.forced is not None:
@@ -369,16 +370,30 @@ class MoELayer(nn.Module):
             if self.share == 'image' and self.router.needs_features:
                 context.num_images  # noqa: B018 - raises where the items are not the images
                 features = image_features(
-                    self.state.images, self.image_size, self.router.needs_maps, self.name
+                    self.state, self.image_size, self.router.needs_maps, self.name
                 )
             elif self.router.needs_features:
                 seen = items if self.patches is None else self.patches.cut_bare(x)
-                features = seen if self.router.needs_maps else self._features(seen)
+                if self.router.needs_maps:
+                    features = seen
+                elif context.extents is None:
+                    features = self._features(seen)
+                else:
+                    parts = own_places(seen, context.extents)
+                    features = torch.cat([self._features(part) for part in parts])
             return self.router(features, context)
 
         if self.share is None:
             return decide(), True
         return shared_routing(self, tuple(x.shape), context, decide)
+
+    def _extents(self, items: Tensor) -> Sequence[tuple[float, float]] | None:
+        """The state's, where the items are the images' maps and the router looks at them."""
+        extents = self.state.extents
+        own = self.granularity == 'image' and self.share != 'image' and items.ndim == 4
+        if extents is None or not own or self.channel_dim not in (None, 1):
+            return None
+        return extents if len(extents) == items.shape[0] and items.numel() else None
 
     def _features(self, items: Tensor) -> Tensor:
         """(T, d) what the router sees: the mean over each item's places."""

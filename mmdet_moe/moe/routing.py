@@ -9,6 +9,8 @@ expert choice, capacity limits, ReLU routing and the static plan all are the sam
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -333,6 +335,20 @@ def group_starts(ranked: Tensor, groups: int) -> Tensor:
     return torch.searchsorted(ranked, bounds)
 
 
+def own_places(maps: Tensor, extents: Sequence[tuple[float, float]]) -> list[Tensor]:
+    """Each image's part of (B, C, H, W) maps without the padding: B tensors (1, C, h, w)."""
+    height, width = maps.shape[2:]
+    return [
+        maps[
+            i : i + 1,
+            :,
+            : max(1, math.ceil(h * height - 1e-6)),
+            : max(1, math.ceil(w * width - 1e-6)),
+        ]
+        for i, (h, w) in enumerate(extents)
+    ]
+
+
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A small tensor from the host on ``device``, without waiting for what the device does."""
     return tensor.to(device=device, dtype=dtype or tensor.dtype, non_blocking=True)
@@ -358,6 +374,7 @@ class RoutingContext:
         device: Where the items are.
         layer: Full name of the layer, for messages.
         balance: The layer's balance losses and constraints.
+        extents: Where the items are the maps of images with padding: as the state's.
     """
 
     state: RoutingState
@@ -368,6 +385,7 @@ class RoutingContext:
     device: torch.device = field(default_factory=lambda: torch.device('cpu'))
     layer: str = ''
     balance: tuple[Any, ...] = ()
+    extents: Sequence[tuple[float, float]] | None = None
 
     def constrain(self, logits: Tensor) -> Tensor:
         """The (T, E) logits to select from. Routers that learn call this before they select:

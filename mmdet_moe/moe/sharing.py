@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdet_moe.moe.routing import Routing, RoutingContext
+from mmdet_moe.moe.routing import Routing, RoutingContext, own_places
 from mmdet_moe.moe.state import RoutingState
 
 if TYPE_CHECKING:
@@ -83,20 +83,25 @@ def shared_routing(
     return routing, decides
 
 
-def image_features(images: Tensor | None, size: int, maps: bool, name: str) -> Tensor:
-    """What a router on the input image sees: (B, 3, h, w) with h, w <= ``size``, or its means.
+def image_features(state: RoutingState, size: int, maps: bool, name: str) -> Tensor:
+    """What a router on the input images sees: (B, 3, h, w) with h, w <= ``size``, or its means; of
+    each image without the padding of the batch.
 
     Raises:
         RuntimeError: If this forward came without images.
     """
+    images = state.images
     if images is None:
         raise RuntimeError(
             f"MoE layer {name!r}: share_router='image' decides on the input images: call "
             f'RoutingState.begin(..., images=inputs)'
         )
     height, width = images.shape[-2:]
-    pooled = F.adaptive_avg_pool2d(images, (min(height, size), min(width, size)))
-    return pooled if maps else pooled.mean((2, 3))
+    parts = [images] if state.extents is None else own_places(images, state.extents)
+    if not maps:
+        return torch.cat([part.mean((2, 3)) for part in parts])
+    sides = (min(height, size), min(width, size))
+    return torch.cat([F.adaptive_avg_pool2d(part, sides) for part in parts])
 
 
 def let_go_of_graphs(layer: MoELayer, state: RoutingState) -> None:
@@ -126,7 +131,8 @@ def _same_call(layer: MoELayer, calls: list[_Call], shape: tuple[int, ...]) -> _
         raise RuntimeError(
             f'MoE layer {layer.name!r} shares its router and is under reentrant activation '
             f'checkpointing, in which the router would not hear of the layers that follow it: use '
-            f'checkpoint(..., use_reentrant=False), or checkpoint other modules'
+            f'checkpoint(..., use_reentrant=False), or checkpoint other modules (with_cp=True and '
+            f'activation_checkpointing of mmdet and mmengine are reentrant)'
         )
     if len({call.follows for call in found}) != 1:
         raise RuntimeError(

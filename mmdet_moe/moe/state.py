@@ -76,6 +76,8 @@ class RoutingState:
         self.sealed = False
         #: (B, 3, H, W) the input images, where a router decides on them.
         self.images: Tensor | None = None
+        #: The shares of height and width that each image has of the batch's; None: all of it.
+        self.extents: tuple[tuple[float, float], ...] | None = None
         self._embed: Callable[[], Tensor] | None = None
         self._embeddings: Tensor | None = None
         self._cache: dict[Any, Any] = {}
@@ -92,6 +94,7 @@ class RoutingState:
         embed: Callable[[], Tensor] | None = None,
         training: bool = False,
         images: Tensor | None = None,
+        extents: Sequence[tuple[float, float]] | None = None,
     ) -> None:
         """Start a forward: forget the last one, take this one's inputs.
 
@@ -103,6 +106,10 @@ class RoutingState:
             training: Whether the model trains.
             images: (B, 3, H, W) the model's input, for a router that several layers share and that
                 decides on it.
+            extents: The shares of height and width that each image has of the batch's, the rest
+                being padding at its lower and right border; None: all of it. What a router sees of
+                a map is then the mean over the image's own places, so that it does not depend on
+                which images stand beside it.
 
         Raises:
             ValueError: If the numbers of domains and images differ.
@@ -118,6 +125,7 @@ class RoutingState:
         self._embed = embed
         self.training = training
         self.images = images
+        self.extents = None if extents is None or _all_whole(extents) else tuple(extents)
 
     def embeddings(self) -> Tensor:
         """(B, d) embeddings of the batch's images, computed once per forward, without gradient.
@@ -268,6 +276,10 @@ class RoutingState:
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}(domains={self.domains}, sealed={self.sealed})'
+
+
+def _all_whole(extents: Sequence[tuple[float, float]]) -> bool:
+    return all(height >= 1 and width >= 1 for height, width in extents)
 
 
 def stat_key(layer_name: str, name: str) -> str:

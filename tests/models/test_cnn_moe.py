@@ -263,8 +263,10 @@ def test_group_norms_in_experts_and_a_global_gate_over_three_stages():
 def classifier(moe, **options):
     init_default_scope('mmpretrain')
     torch.manual_seed(0)
+    options.setdefault(
+        'backbone', dict(type='ResNet_CIFAR', depth=18, stem_channels=8, base_channels=8)
+    )
     model = MoEImageClassifier(
-        backbone=dict(type='ResNet_CIFAR', depth=18, stem_channels=8, base_channels=8),
         neck=dict(type='GlobalAveragePooling'),
         head=dict(
             type='LinearClsHead',
@@ -375,3 +377,34 @@ def test_stages_reach_as_far_as_the_page_says():
     model = backbone('cifar')
     assert geometry(model.layer1, 8, '').reach == 4
     assert geometry(model.layer2, 8, '') == Geometry(stride=2, reach=7, channels=16)
+
+
+def test_a_gate_in_a_frozen_stage_is_refused_and_a_plan_is_not():
+    backbone = dict(
+        type='ResNet_CIFAR', depth=18, stem_channels=8, base_channels=8, frozen_stages=1
+    )
+    spec = dict(targets=r'backbone\.layer1', num_experts=2, router=dict(type='TopKRouter'))
+    with pytest.raises(ValueError, match="'backbone.layer1' is in a part that the model freezes"):
+        classifier([spec], backbone=backbone)
+    plan = dict(type='PlanRouter', plan={'a': 'e0', 'b': 'e1'})
+    model = classifier([dict(targets=r'backbone\.layer1', router=plan)], backbone=backbone)
+    assert model.moe_names == ['backbone.layer1']
+
+
+def test_features_alone_are_a_forward_of_their_own():
+    """As mmpretrain's FeatureExtractor takes them: no decision of the forward before is left."""
+    spec = dict(
+        targets=r'backbone\.layer[34]', num_experts=4, router=GATE, share_router='image', noise=0.5
+    )
+    model = classifier([spec]).eval()
+    torch.nn.init.normal_(model.backbone.layer3.router.gate)
+    first, second = images(2, size=32), images(2, size=32).flip(-1) * 3
+    fresh = model.extract_feat(second)[0]
+    model(first)
+    torch.testing.assert_close(model.extract_feat(second)[0], fresh)
+
+
+def test_circular_padding_cannot_be_cut_into_patches():
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3, padding=1, padding_mode='circular'))
+    with pytest.raises(ValueError, match='circular padding reaches over the whole map'):
+        with_experts(model, '0', router=dict(type='TopKRouter'), granularity='patch', grid=2)

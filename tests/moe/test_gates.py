@@ -6,7 +6,7 @@ from moe_testlib import MIXED, moe_of, topk_router
 from torch import nn
 from torch.nn import functional as F
 
-from mmdet_moe.moe import upcycle_
+from mmdet_moe.moe import RoutingState, replace_modules, upcycle_
 from mmdet_moe.moe.routers.gated import mean_of_conv
 from mmdet_moe.planning import ExpertPlan
 
@@ -176,3 +176,40 @@ def test_conv_gate_says_so_where_only_the_input_shows_it():
 def test_impossible_gates_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         conv_layer(topk_router(**options))
+
+
+# Padding
+
+
+@pytest.mark.parametrize('router', [
+    dict(type='TopKRouter', noise=False),
+    dict(type='TopKRouter', noise=False, kind='conv', projection=4),
+    dict(type='TopKRouter', noise=False, kind='conv', projection=4, convs=2, activation='relu'),
+], ids=['linear', 'conv', 'two convs'])  # fmt: skip
+@pytest.mark.parametrize('share', [None, 'image'])
+def test_a_gate_does_not_see_the_padding_of_the_batch(router, share):
+    torch.manual_seed(0)
+    model, state = nn.Sequential(nn.Conv2d(3, 3, 1)), RoutingState()
+    spec = dict(targets='0', num_experts=4, router=router, share_router=share)
+    replace_modules(model, [{k: v for k, v in spec.items() if v is not None}], state)
+    nn.init.normal_(model[0].router.gate)
+    seen = []
+    model[0].router.register_forward_hook(lambda m, i, routing: seen.append(routing.logits))
+    small, large = torch.randn(1, 3, 6, 8), torch.randn(1, 3, 12, 10)
+    batch = torch.full((2, 3, 12, 10), 7.0)  # whatever is in the padding
+    batch[:1, :, :6, :8], batch[1:] = small, large
+    extents = [(6 / 12, 8 / 10), (1.0, 1.0)]
+    state.begin(num_images=2, images=batch, extents=extents)
+    model(batch)
+    for image in (small, large):
+        state.begin(num_images=1, images=image, extents=[(1.0, 1.0)])
+        model(image)
+    if (
+        share == 'image' and 'kind' in router
+    ):  # pooled to the batch's sides, and so not the same map
+        assert not torch.allclose(seen[0], seen[0].flip(0))
+    else:
+        torch.testing.assert_close(seen[0], torch.cat(seen[1:]))
+    state.begin(num_images=2, images=batch)
+    model(batch)
+    assert not torch.allclose(seen[-1][0], seen[0][0]), 'the padding would have counted'

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdet_moe.moe.routers.base import Router
-from mmdet_moe.moe.routing import Routing, RoutingContext, group_starts, on_host
+from mmdet_moe.moe.routing import Routing, RoutingContext, group_starts, on_host, own_places
 
 KINDS = ('linear', 'cosine', 'conv')
 ACTIVATIONS = {'relu': F.relu}
@@ -183,7 +183,8 @@ class GatedRouter(Router):
             if context.training and self.jitter:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
             if self.needs_maps:
-                x = self.pool(x)
+                parts = [x] if context.extents is None else own_places(x, context.extents)
+                x = torch.cat([self.pool(part) for part in parts])
             logits = self.complete(self.logits(x), context)
             routing = self.route(x, logits, context)
             if context.training and self.z_loss:
