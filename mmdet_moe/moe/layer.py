@@ -434,7 +434,7 @@ class MoELayer(nn.Module):
             stats = {
                 'weight': weight,
                 'count': torch.tensor(routing.counts),
-                'items': torch.tensor(context.num_items),
+                'items': torch.as_tensor(context.num_items),
             }
             self.state.add_stats(self.name, {**stats, **routing.stats})
             for observer in self.state.observers:
