@@ -71,6 +71,7 @@ def measure(config: str, checkpoint: Path, options: Sequence[str] = ()) -> dict[
     import numpy as np
     import torch
     import train
+    from mmengine.registry import init_default_scope
     from mmengine.runner import Runner
     from mmpretrain.apis import get_model
 
@@ -79,6 +80,7 @@ def measure(config: str, checkpoint: Path, options: Sequence[str] = ()) -> dict[
 
     arguments = [str(job.ROOT / config), *(['--cfg-options', *options] if options else [])]
     cfg = train.read_config(train.parse_args(arguments))
+    init_default_scope(cfg.default_scope)
     model = get_model(cfg, pretrained=str(checkpoint), device='cpu')
     batches = list(Runner.build_dataloader(cfg.test_dataloader))
     samples = [sample for batch in batches for sample in batch['data_samples']]
