@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -273,8 +274,19 @@ def run_all(tasks: Sequence[tuple[Steps, Callable[[Steps], T]]], at_once: int) -
 
     When one fails, or the user interrupts, the commands of the others are ended.
     """
+    failed = threading.Event()
+
+    def run(steps: Steps, task: Callable[[Steps], T]) -> T:
+        if failed.is_set():
+            raise StepError('not begun: another task failed')
+        try:
+            return task(steps)
+        except BaseException:
+            failed.set()  # before this thread takes the next task
+            raise
+
     with ThreadPoolExecutor(at_once) as pool:
-        futures = [pool.submit(task, steps) for steps, task in tasks]
+        futures = [pool.submit(run, steps, task) for steps, task in tasks]
         try:
             for future in as_completed(futures):
                 future.result()
