@@ -276,9 +276,9 @@ def run_all(tasks: Sequence[tuple[Steps, Callable[[Steps], T]]], at_once: int) -
     """
     failed = threading.Event()
 
-    def run(steps: Steps, task: Callable[[Steps], T]) -> T:
+    def run(steps: Steps, task: Callable[[Steps], T]) -> T | None:
         if failed.is_set():
-            raise StepError('not begun: another task failed')
+            return None
         try:
             return task(steps)
         except BaseException:
