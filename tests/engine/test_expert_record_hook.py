@@ -366,7 +366,11 @@ def test_nothing_is_noted_where_nothing_is_routed(model, tmp_path):
         model(torch.zeros(3, 3, 2, 2))
         hook.after_train_iter(runner, 0)
     (entry,) = json.loads((tmp_path / 'expert_record/training.json').read_text())['entries']
-    assert entry == {'iter': 2, 'layers': {'0': {'importance': [2.5, 0.5], 'count': [3, 1]}}}
+    assert entry == {
+        'iter': 2,
+        'steps': 1,
+        'layers': {'0': {'importance': [2.5, 0.5], 'count': [3, 1]}},
+    }
 
 
 @pytest.mark.parametrize('wrong', [dict(interval=0), dict(max_logits=-1)])
