@@ -339,10 +339,10 @@ class _Recorder:
                 (number, s.get('gt_label')) for number, s in zip(numbers, samples, strict=True)
             ]
             images = [number for number, label in found if label is not None]
-            labels = [label.reshape(-1) for _, label in found if label is not None]
+            labels = [label for _, label in found if label is not None]  # (1,), or (n,) of several
         if not labels:
             return
-        sizes = [len(label) for label in labels]
+        sizes = [label.numel() for label in labels]
         label = torch.cat(labels).numpy(force=True).astype(np.int64)
         area, level = np.full((2, len(label)), -1)
         if boxed and len(label) and all('bboxes' in truth for *_, truth in boxed):
