@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
-#: An expert with a smaller mean weight is dead (arXiv 2204.10598's analysis).
+from mmdet_moe.moe.routing import effective_experts
+
+#: An expert with a smaller share of the weight is dead (arXiv 2204.10598's analysis).
 LIVING = 0.01
 
 
@@ -44,10 +47,10 @@ def expert_statistics(
     Returns:
         ``items``: T. ``share``: P, E numbers. ``cv``: the coefficient of variation of P, with the
         deviation over E: 0 at even use, :math:`\sqrt{E - 1}` at collapse. ``living``: the number
-        of living experts. ``effective_k``: the mean over items (those with weight) of
+        of living experts. ``effective_k``: the mean over all items of
         :math:`\exp H(w_t / \sum_e w_{te})`: k where an item's k experts weigh the same, 1 where
-        one has all. For each of 'domain' and 'class' that is given ``mi_<label>`` and
-        ``nmi_<label>``.
+        one has all, 0 for an item that was dropped. For each of 'domain' and 'class' that is given
+        ``mi_<label>`` and ``nmi_<label>``.
 
     Raises:
         ValueError: Weights that are negative, not finite, not of shape (T, E), or all zero; labels
@@ -58,21 +61,30 @@ def expert_statistics(
         raise ValueError(f'weights must have shape (items, experts), got {w.shape}')
     if not np.isfinite(w).all() or w.min() < 0 or not w.any():
         raise ValueError('weights must be finite, >= 0 and not all zero')
-    share = w.sum(0) / w.sum()
-    totals = w.sum(1, keepdims=True)
-    routed = totals[:, 0] > 0
     found: dict[str, Any] = {
         'items': len(w),
-        'share': share.tolist(),
-        'cv': coefficient_of_variation(share),
-        'living': int((share > living).sum()),
-        'effective_k': float(np.exp(_entropy(w[routed] / totals[routed])).mean()),
+        'share': shares(w.sum(0)).tolist(),
+        'cv': coefficient_of_variation(w.sum(0)),
+        'living': living_experts(w.sum(0), living),
+        'effective_k': float(effective_experts(torch.from_numpy(w)).mean()),
     }
     for name, labels in (('domain', domains), ('class', classes)):
         if labels is not None:
             joint = _joint(w, labels, name)
             found[f'mi_{name}'], found[f'nmi_{name}'] = mutual_information(joint)
     return found
+
+
+def shares(importance: ArrayLike) -> NDArray:
+    """(E,) P, the experts' weight sums over the sum of all; 0 where there is none."""
+    importance = np.asarray(importance, dtype=np.float64)
+    return importance / max(float(importance.sum()), 1e-300)
+
+
+def living_experts(importance: ArrayLike, living: float = LIVING) -> int:
+    """Number of experts whose share P of the weight is above ``living``. Dropped items have no
+    weight, and so change nothing."""
+    return int((shares(importance) > living).sum())
 
 
 def coefficient_of_variation(values: ArrayLike) -> float:

@@ -323,6 +323,23 @@ class Routing:
         return torch.stack([part.sum() for part in parts])
 
 
+def effective_experts(weights: Tensor) -> Tensor:
+    r"""(T,) how many experts each item really has, of its (T, E) combine weights:
+
+    .. math:: \exp\Big(-\sum_e p_{te} \ln p_{te}\Big), \qquad p_t = w_t / \sum_e w_{te}
+
+    k where k experts weigh the same, 1 where one has all, 0 for an item without weight: it was
+    dropped, and has none.
+
+    Example:
+        >>> effective_experts(torch.tensor([[0.5, 0.5], [0, 0.2], [0, 0]]))
+        tensor([2., 1., 0.])
+    """
+    total = weights.sum(1)
+    p = weights / total.clamp(min=1e-30)[:, None]
+    return torch.special.entr(p).sum(1).exp() * (total > 0)
+
+
 def group_starts(ranked: Tensor, groups: int) -> Tensor:
     """(groups + 1,) where the groups 0, 1, ... begin in a sorted list of group numbers, then the
     end of the last one. Unlike ``bincount`` it does not wait for the device.

@@ -34,6 +34,7 @@ from mmdet_moe.engine.hooks.expert_record_hook import (
     annotations_are_resized,
     reduce_calls,
 )
+from mmdet_moe.evaluation import expert_statistics
 from mmdet_moe.moe import Routing, RoutingState, moe_layers, replace_modules
 
 # -- one forward -----------------------------------------------------------------------------------
@@ -366,7 +367,106 @@ def test_nothing_is_noted_where_nothing_is_routed(model, tmp_path):
         model(torch.zeros(3, 3, 2, 2))
         hook.after_train_iter(runner, 0)
     (entry,) = json.loads((tmp_path / 'expert_record/training.json').read_text())['entries']
-    assert entry == {'iter': 2, 'layers': {'0': {'importance': [2.5, 0.5], 'count': [3, 1]}}}
+    assert entry == {
+        'iter': 2,
+        'steps': 1,
+        'layers': {'0': {'importance': [2.5, 0.5], 'count': [3, 1]}},
+    }
+
+
+def test_a_layer_found_under_an_alias_is_recorded_by_its_name(tmp_path):
+    model = nn.Module()
+    model.a = nn.Sequential(nn.Conv2d(3, 3, 1))
+    model.b = model.a
+    spec = dict(targets=r'b\.0', router=dict(type='PlanRouter', plan=dict(ink='e0', heat='e1')))
+    replace_modules(model, [spec], RoutingState())
+    (layer,) = moe_layers(model.train()).values()
+    assert layer.name == 'b.0' and list(moe_layers(model)) == ['a.0']
+    hook = ExpertRecordHook(interval=1)
+    visualizer = SimpleNamespace(add_scalars=lambda *args, **kwargs: None)
+    runner = SimpleNamespace(model=model, iter=0, work_dir=str(tmp_path), visualizer=visualizer)
+    hook.before_train(runner)
+    layer.state.begin(['ink', 'heat', 'ink'], training=True)
+    model.a(torch.zeros(3, 3, 2, 2))
+    hook.after_train_iter(runner, 0)
+    (entry,) = json.loads((tmp_path / 'expert_record/training.json').read_text())['entries']
+    assert entry['layers'] == {'b.0': {'importance': [2, 1], 'count': [2, 1]}}
+
+
+def test_an_entry_says_how_many_steps_it_covers(model, tmp_path):
+    (layer,) = moe_layers(model.train()).values()
+    visualizer = SimpleNamespace(add_scalars=lambda *args, **kwargs: None)
+    runner = SimpleNamespace(model=model, work_dir=str(tmp_path), visualizer=visualizer)
+
+    def train(first, last, finish):
+        hook = ExpertRecordHook(interval=2)
+        runner.iter = first
+        hook.before_train(runner)
+        for runner.iter in range(first, last):
+            layer.state.begin(['ink'], training=True)
+            model(torch.zeros(1, 3, 2, 2))
+            hook.after_train_iter(runner, 0)
+        runner.iter = last
+        if finish:
+            hook.after_train(runner)
+        entries = json.loads((tmp_path / 'expert_record/training.json').read_text())['entries']
+        return [(e['iter'], e['steps'], e['layers']['0']['count'][0]) for e in entries]
+
+    # Five iterations of one image: 2 + 2 and the last one.
+    assert train(0, 5, True) == [(2, 2, 2), (4, 2, 2), (5, 1, 1)]
+    # Resumed after the third, which no entry has: the next one covers the fourth only.
+    assert train(3, 6, True) == [(2, 2, 2), (4, 1, 1), (6, 2, 2)]
+
+
+def test_images_without_labels_are_recorded_without_objects(model):
+    recorder = recorder_of(model)
+    bare, empty = (DetDataSample(metainfo=dict(img_path=f'{i}.png')) for i in range(2))
+    empty.gt_instances = InstanceData()
+    run_batch(model, recorder, ['ink', 'heat'], [bare, empty])
+    record = recorder.record()
+    assert record.images == ['0.png', '1.png'] and len(record.objects) == 0
+    assert statistics(record, '0')['importance'] == [1.5, 0.5]
+
+
+@pytest.mark.parametrize(('resized', 'what'), [(True, 'size classes'), (False, 'FPN levels')])
+def test_what_needs_the_scale_factor_is_unknown_without_and_said_once(model, capsys, resized, what):
+    anchors = {'P3': np.array([[10.0, 10]]), 'P4': np.array([[20.0, 20]])}
+    recorder = recorder_of(model, anchors=anchors, resized=resized, resizes=True)
+    sample = boxes_sample([[0, 0, 20, 20]], [0], 1.0)
+    sample.pop('scale_factor')
+    for _ in range(2):
+        run_batch(model, recorder, ['ink'], [sample])
+    objects = recorder.record().objects
+    # In the network's pixels 20 is the second level's; in the image's it is small.
+    assert objects.level.tolist() == ([1, 1] if resized else [-1, -1])
+    assert objects.area.tolist() == ([-1, -1] if resized else [0, 0])
+    out = capsys.readouterr().out
+    assert out.count("'scale_factor'") == 1 and what in out
+
+
+def test_dropped_items_count_as_none_and_do_not_kill_experts():
+    # Of four items two were dropped; e0 has 1.97 and e1 .03 of the weight, 1.5 % of it, though
+    # its mean weight is .0075.
+    weight = np.array([[[1.0, 0]], [[0.97, 0.03]], [[0, 0]], [[0, 0]]])
+    effective = math.exp(-0.97 * math.log(0.97) - 0.03 * math.log(0.03))
+    layer = LayerRecord(
+        weight=weight,
+        share=(weight > 0).astype(float),
+        effective=np.array([[1], [effective], [0], [0]]),
+        items=np.ones((4, 1), dtype=int),
+        pairs=np.array([[2.0, 1], [1, 1]]),
+        logit_images=np.arange(0),
+        logits=np.zeros((0, 1, 2)),
+    )
+    record = ExpertRecord(list('abcd'), [None] * 4, [], Objects.empty(), layers={'x': layer})
+    numbers = statistics(record, 'x')
+    assert numbers['living'] == 2
+    # (1 + 2 + 0 + 0) / 4 selected.
+    expected = {'selected': 0.75, 'entropy': pytest.approx((1 + effective) / 4, abs=1e-5)}
+    assert numbers['effective_k'] == expected
+    # The function of arrays says the same.
+    found = expert_statistics(weight[:, 0])
+    assert found['living'] == 2 and found['effective_k'] == pytest.approx((1 + effective) / 4)
 
 
 @pytest.mark.parametrize('wrong', [dict(interval=0), dict(max_logits=-1)])

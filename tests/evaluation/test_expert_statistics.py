@@ -28,10 +28,10 @@ def test_collapse_has_the_cv_of_one_expert():
 
 
 def test_effective_k_counts_the_experts_an_item_really_has():
-    # exp H: 2 for (1/2, 1/2), 1 for one expert, 3 for thirds: mean 2. An item that was dropped is
-    # none, and weights need not add up to 1.
+    # exp H: 2 for (1/2, 1/2), 1 for one expert, 3 for thirds, 0 for an item that was dropped: mean
+    # 6/4. Weights need not add up to 1.
     weights = [[0.5, 0.5, 0], [0, 0.2, 0], [1, 1, 1], [0, 0, 0]]
-    assert expert_statistics(weights)['effective_k'] == pytest.approx(2)
+    assert expert_statistics(weights)['effective_k'] == pytest.approx(6 / 4)
 
 
 def test_an_expert_for_each_domain_knows_all_of_it_and_nothing_of_the_class():

@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from moe_testlib import MIXED, moe_of, plan_router, scatter_experts, topk_router
+from moe_testlib import (
+    MIXED,
+    learned_routers,
+    moe_of,
+    plan_router,
+    scatter_experts,
+    topk_router,
+)
 from torch import nn
 
 from mmdet_moe.moe import RoutingState, forced_routing, moe_layers, replace_modules
+from mmdet_moe.planning import ExpertPlan
 
 
 def learned(module=None, experts=3, **spec):
@@ -62,11 +70,95 @@ def test_k_experts_are_weighed_by_the_softmax_over_their_logits(maps, k):
     torch.testing.assert_close(out, torch.stack(expected))
 
 
-def test_the_routers_own_k_changes_nothing(maps):
-    layer, state = learned()
-    plain = run(layer, state, maps)
+MEANS = {'a': [1.0, 0.0], 'b': [0.0, 1.0], 'c': [-1.0, 0.0]}
+PLAN = ExpertPlan.from_assignment(
+    {'a': 'e0', 'b': 'e1', 'c': 'e2'},
+    prototypes=dict(embedder={}, dimension=2, mean=MEANS, concentration=8.0),
+)
+#: Router -> its own k; without one, the n at which all its experts have their weights.
+OWN = {
+    **dict.fromkeys(['noisy', 'gshard', 'sinkhorn-2', 'damex', 'moe++'], 2),
+    **dict.fromkeys(['cosine', 'switch', 'sinkhorn', 'base', 'plan-prior', 'plan-prior-1'], 1),
+    'remoe': 3,
+}
+ROUTERS = {
+    **{name: router for name, router in learned_routers(PLAN).items() if name in OWN},
+    'top-1': topk_router(k=1),
+    'top-2 of all': topk_router(k=2, renormalize=False),
+}
+
+
+@pytest.mark.parametrize('name', ROUTERS)
+def test_the_routers_own_k_changes_nothing(maps, name):
+    layer, state = learned(router=ROUTERS[name])
+
+    def run():
+        embeddings = torch.nn.functional.normalize(torch.tensor([[1.0, 0.2]] * 4), dim=1)
+        state.begin(domains=['a', 'b', 'c', 'a'], embed=lambda: embeddings)
+        return layer(maps), state.stats()
+
+    plain, stats = run()
+    k = OWN.get(name) or ROUTERS[name]['k']
+    with forced_routing(layer, k=k):
+        out, forced_stats = run()
+    torch.testing.assert_close(out, plain)
+    torch.testing.assert_close(forced_stats[f'{layer.name}/weight'], stats[f'{layer.name}/weight'])
+
+
+def test_other_k_take_the_weights_of_the_routers_own_rule(maps):
+    # Logits ln 4, ln 2, ln 2: softmax 1/2, 1/4, 1/4; sigmoids 4/5, 2/3, 2/3.
+    def weights(n, **router):
+        layer, state = learned(router=dict(bias=True, **router))
+        with torch.no_grad():
+            layer.router.gate.zero_()
+            layer.router.bias.copy_(torch.tensor([4.0, 2, 2]).log())
+        seen = []
+        state.observers.append(lambda name, routing, context: seen.append(routing.to_dense()))
+        with forced_routing(layer, k=n):
+            run(layer, state, maps[:1])
+        return sorted(seen[0][0].tolist(), reverse=True)
+
+    # The k = 1 router has entries of the full softmax, whatever n is asked for: sum < 1.
+    assert weights(2, type='TopKRouter', k=1) == pytest.approx([1 / 2, 1 / 4, 0])
+    assert weights(3, type='SwitchRouter', k=1) == pytest.approx([1 / 2, 1 / 4, 1 / 4])
+    # One that renormalises: 1/2 and 1/4 of 3/4.
+    assert weights(2, type='SwitchRouter', k=3) == pytest.approx([2 / 3, 1 / 3, 0])
+    assert weights(1, type='TopKRouter', k=2) == pytest.approx([1, 0, 0])
+    # Sigmoids sum to more than 1; ReLU takes the logits.
+    assert weights(2, type='SinkhornRouter', k=1) == pytest.approx([4 / 5, 2 / 3, 0])
+    assert weights(2, type='BASERouter') == pytest.approx([4 / 5, 2 / 3, 0])
+    assert weights(1, type='SinkhornRouter', k=2) == pytest.approx([1 / 2, 0, 0])
+    assert weights(1, type='ReMoERouter') == pytest.approx([1.3863, 0, 0], abs=1e-4)
+    assert weights(2, type='ExpertChoiceRouter') == pytest.approx([1 / 2, 1 / 4, 0])
+
+
+def test_free_experts_are_among_the_best_and_zero_ones_take_nothing(maps):
+    layer, state = learned(
+        experts=2, router=dict(type='MoEPPRouter', k=1, zero=1, copy=1, constant=0)
+    )
+    # p = 1/2 for the zero expert, 1/4 for e0, 1/8 for e1 and the copy.
+    logits = torch.tensor([[2.0, 1, 1, 4]]).log().expand(4, 4)
+    layer.router.logits = lambda x: logits
+    with forced_routing(layer, k=1):
+        assert run(layer, state, maps).abs().max() == 0
     with forced_routing(layer, k=2):
-        torch.testing.assert_close(run(layer, state, maps), plain)
+        torch.testing.assert_close(run(layer, state, maps), layer.experts[0](maps))
+    with forced_routing(layer, k=4):  # 1/4, 1/8 and 1/8 of 1/2
+        e0, e1 = (expert(maps) for expert in layer.experts)
+        torch.testing.assert_close(run(layer, state, maps), e0 / 2 + e1 / 4 + maps / 4)
+
+
+def test_a_layer_found_under_an_alias_is_forced_by_its_name(maps):
+    model = nn.Module()
+    model.a = nn.Sequential(nn.Conv2d(2, 2, 1))
+    model.b = model.a
+    state = RoutingState()
+    spec = dict(targets=r'b\.0', num_experts=2, router=topk_router(k=1))
+    assert replace_modules(model, [spec], state) == ['b.0']
+    (layer,) = moe_layers(model.eval()).values()
+    state.begin(num_images=4)
+    with forced_routing(model, expert=1, layers='b.0'):
+        assert torch.equal(model.a(maps), layer.experts[1](maps))
 
 
 def test_tokens_are_forced_one_by_one():

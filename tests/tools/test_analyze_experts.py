@@ -6,6 +6,7 @@ import re
 import sys
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -169,3 +170,13 @@ def test_a_box_is_its_levels_top_experts(tool):
     # A layer with one decision per image: mean (.45, .55).
     _, experts, _ = tool.box_experts(detected(), weights, False, [], 0.5)
     assert experts.tolist() == [1, 1]
+
+
+def test_the_caption_warns_where_weights_do_not_sum_to_one(tool):
+    def record(weight):
+        layer = SimpleNamespace(weight=np.array(weight), items=np.array([[1], [3]]))
+        return SimpleNamespace(layers={'head': layer})
+
+    assert tool.sums_caption(record([[[0.25, 0.75]], [[1.0, 0]]])) == ''
+    # Sums .5 and .9, of one and of three items: (.5 + 2.7) / 4 = .8.
+    assert 'on average head 0.80' in tool.sums_caption(record([[[0.5, 0]], [[0.4, 0.5]]]))

@@ -178,13 +178,13 @@ def forced(model: torch.nn.Module, what: Mapping[str, Any]) -> Iterator[None]:
     """Forced routing in all layers at once: a layer with fewer experts than others keeps its own
     routing where it lacks the expert, and takes all it has where k is more."""
     with contextlib.ExitStack() as stack:
-        for name, layer in moe_layers(model).items():
+        for layer in moe_layers(model).values():
             asked = dict(what)
             if asked.get('expert', -1) >= layer.num_experts:
                 continue
             if 'k' in asked:
                 asked['k'] = min(asked['k'], layer.num_experts)
-            stack.enter_context(forced_routing(model, layers=[name], **asked))
+            stack.enter_context(forced_routing(model, layers=[layer.name], **asked))
         yield
 
 
@@ -745,7 +745,7 @@ def analyze(args: argparse.Namespace, out: Path, progress: Any) -> str:
     pictures: dict[str, list[Picture]] = {}
     notes = list(ablation.notes) if ablation else []
     if ablation is not None:
-        pictures['ablation'] = [draw_ablation(model, metric, metrics, ablation, out)]
+        pictures['ablation'] = [draw_ablation(model, record, metric, metrics, ablation, out)]
     task = progress.add_task('pictures', total=len(shown))
     for name in shown:
         pictures[name] = draw_layer(record, name, images, samples, anchors, history, args, out)
@@ -771,7 +771,12 @@ def analyze(args: argparse.Namespace, out: Path, progress: Any) -> str:
 
 
 def draw_ablation(
-    model: torch.nn.Module, metric: str, metrics: Mapping, ablation: Ablation, out: Path
+    model: torch.nn.Module,
+    record: ExpertRecord,
+    metric: str,
+    metrics: Mapping,
+    ablation: Ablation,
+    out: Path,
 ) -> Picture:
     """The picture of the ablation."""
     path = out / 'ablation.png'
@@ -789,9 +794,25 @@ def draw_ablation(
     caption = (
         'All MoE layers at once. Left: every item to one expert, and to all with equal weights; '
         'experts that do well alone are generalists. Right: the k experts of largest logit, '
-        'weighed by the softmax over them.'
+        "weighed by the router's own rule; its own k is the model as routed."
     )
-    return Picture(path, caption)
+    return Picture(path, caption + sums_caption(record))
+
+
+def sums_caption(record: ExpertRecord) -> str:
+    """What to bear in mind where a router's weights do not sum to 1; else nothing."""
+    sums = {}
+    for name, layer in record.layers.items():
+        items = max(int(layer.items.sum()), 1)
+        sums[name] = float((layer.weight.sum(2) * layer.items).sum()) / items
+    other = [f'{name} {total:.2f}' for name, total in sums.items() if abs(total - 1) > 1e-3]
+    if not other:
+        return ''
+    return (
+        f' As routed the weights of an item do not sum to 1 (on average {", ".join(other)}), but '
+        'one expert and equal weights do, and with k the sum may change: the scale of the output '
+        'changes with them, and a difference may be that of the scale and not of the experts.'
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,8 +24,9 @@ from mmdet_moe.engine.expert_record import (
     object_levels,
     rounded,
 )
-from mmdet_moe.evaluation.expert_statistics import coefficient_of_variation
+from mmdet_moe.evaluation.expert_statistics import coefficient_of_variation, shares
 from mmdet_moe.moe import MoELayer, Routing, RoutingContext, RoutingState, moe_layers
+from mmdet_moe.moe.routing import effective_experts
 from mmdet_moe.moe.soft import SlotRouting
 from mmdet_moe.registry import HOOKS
 
@@ -33,7 +34,6 @@ from .unwrap import unwrapped_model
 
 #: Blocked experts have a logit of -inf; JSON and PCA want numbers.
 LOWEST_LOGIT = -1e4
-_TINY = 1e-30
 
 Call = tuple[Routing | SlotRouting, RoutingContext]
 
@@ -51,12 +51,16 @@ class ExpertRecordHook(Hook):
     mmengine's visualizer, and so to TensorBoard and W&B.
 
     **Training.** The importance and number of items per expert, summed over ``interval``
-    iterations, in ``training.json`` and the visualizer. A resumed run goes on with the file.
+    iterations, in ``training.json`` and the visualizer. An entry covers the ``steps`` iterations
+    up to ``iter``: the last one of a run, and the first one of a run that was resumed within an
+    interval, cover fewer. A resumed run goes on with the entries up to its checkpoint.
 
     *Objects.* Size classes are COCO's, by the area of the box in the original image. The level of
     an object is that of the anchors of best IoU, by its size in the network's input
     (:func:`~mmdet_moe.engine.expert_record.object_levels`); models without anchors have none. Test
     pipelines may load annotations before or after resizing: the dataset's pipeline tells which.
+    Without ``scale_factor`` among the meta keys what needs it is unknown, with a warning. Images
+    without labels are recorded without objects.
 
     Layers are observed, not changed, and what they decided is looked at once per batch. In several
     processes each records its images, without those that the sampler repeats to fill up; they meet
@@ -94,6 +98,9 @@ class ExpertRecordHook(Hook):
         self._layers: dict[str, MoELayer] = {}
         self._sums: dict[str, Tensor] = {}
         self._history: list[dict] = []
+        #: Iterations in the sums, and the last one of them (counted from 1).
+        self._steps = 0
+        self._last = 0
 
     # -- validation and test ---------------------------------------------------------------------
 
@@ -163,8 +170,12 @@ class ExpertRecordHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Take up the history of a resumed run."""
-        self._layers = moe_layers(unwrapped_model(runner))
+        # By their own names, which the state's statistics have: of a module with two names,
+        # `moe_layers` may know the other.
+        layers = moe_layers(unwrapped_model(runner)).values()
+        self._layers = {layer.name: layer for layer in layers}
         self._sums, self._history = {}, []
+        self._steps, self._last = 0, runner.iter
         file = self._file(runner, 'training')
         if runner.iter > 0 and file.is_file():
             entries = json.loads(file.read_text())['entries']
@@ -183,13 +194,21 @@ class ExpertRecordHook(Hook):
                     value = value.float()
                     known = self._sums.get(key)
                     self._sums[key] = value if known is None else known + value.to(known.device)
-        if self._layers and (runner.iter + 1) % self.interval == 0:
+        self._steps += 1
+        self._last = runner.iter + 1
+        if self._layers and self._last % self.interval == 0:
+            self._note(runner)
+
+    def after_train(self, runner: Runner) -> None:
+        """Note what is left of the last interval."""
+        if self._layers and self._steps:
             self._note(runner)
 
     def _note(self, runner: Runner) -> None:
         device = next(unwrapped_model(runner).parameters()).device
         entry: dict[str, Any] = {}
         sums, self._sums = self._sums, {}
+        steps, self._steps = self._steps, 0
         for name, layer in self._layers.items():
             none = torch.zeros(layer.num_experts + len(layer.router.extra_experts))
             key = name.replace('loss', 'los')  # as the state writes it
@@ -203,18 +222,16 @@ class ExpertRecordHook(Hook):
             entry[name] = {'importance': rounded(weight, 3), 'count': rounded(count, 0)}
         if not entry or not is_main_process():
             return
-        self._history.append({'iter': runner.iter + 1, 'layers': entry})
+        self._history.append({'iter': self._last, 'steps': steps, 'layers': entry})
         content = {'interval': self.interval, 'entries': self._history}
         write_json(self._file(runner, 'training'), content)
         scalars = {}
         for name, found in entry.items():
             importance = np.array(found['importance'])
             scalars[f'train/moe/{name}/cv_importance'] = coefficient_of_variation(importance)
-            shares = importance / max(importance.sum(), _TINY)
-            scalars.update(
-                {f'train/moe/{name}/share_{e}': v for e, v in enumerate(rounded(shares))}
-            )
-        runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
+            for e, share in enumerate(rounded(shares(importance))):
+                scalars[f'train/moe/{name}/share_{e}'] = share
+        runner.visualizer.add_scalars(scalars, step=self._last)
 
     def _file(self, runner: Runner, name: str) -> Path:
         return Path(runner.work_dir) / self.folder / f'{name}.json'
@@ -227,6 +244,8 @@ class _Recorder:
         self.max_logits = max_logits
         self.logger = logger
         self.resized = annotations_are_resized(dataset)
+        self.resizes = any('Resize' in type(step).__name__ for step in _transforms(dataset))
+        self._warned = False
         self.anchors = anchor_sizes(model)
         self.size = len(dataset)
         self.classes = [str(name) for name in _metainfo(dataset).get('classes') or ()]
@@ -237,7 +256,7 @@ class _Recorder:
             state.observers.append(self.observe)
         self.images: list[str] = []
         self.domains: list[str | None] = []
-        self.objects: list[tuple[np.ndarray, ...]] = []
+        self.objects: list[Objects] = []
         self.features: dict[str, list[np.ndarray]] = defaultdict(list)
         self.items: dict[str, list[np.ndarray]] = defaultdict(list)
         self.logits: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -277,12 +296,16 @@ class _Recorder:
         self, samples: Sequence, layers: Mapping[str, list[Call]], keep: np.ndarray
     ) -> None:
         told = next(iter(layers.values()))[0][1].state.domains or [None] * len(samples)
-        for i in keep.nonzero()[0].tolist():
-            meta = samples[i].metainfo
-            path = meta.get('img_path') or meta.get('img_id', meta.get('sample_idx', ''))
-            self.objects.append((np.int64(len(self.images)), *self._truth(samples[i])))
-            self.images.append(str(path))
-            self.domains.append(told[i] if told[i] is not None else meta.get('domain'))
+        kept = keep.nonzero()[0].tolist()
+        shown = [samples[i] for i in kept]
+        self._add_objects(shown)
+        self.images += [
+            str(s.get('img_path') or s.get('img_id', s.get('sample_idx', ''))) for s in shown
+        ]
+        self.domains += [
+            s.get('domain') if told[i] is None else told[i]
+            for i, s in zip(kept, shown, strict=True)
+        ]
         self.called.update(layers)
         for name, calls in layers.items():
             # Items of RoI heads and of windows are not the batch's images.
@@ -301,23 +324,61 @@ class _Recorder:
             if logits.shape[2] and left > 0:
                 self.logits[name].append(logits[:left])
 
-    def _truth(self, sample: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Labels, areas (index) and levels of an image's objects."""
-        if 'gt_instances' in sample:
-            truth = sample.gt_instances
-            labels = truth.labels.numpy(force=True)
-            boxes = truth.bboxes
-            boxes = getattr(boxes, 'tensor', boxes).numpy(force=True).reshape(-1, 4)
-            sizes = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
-            scale = np.array(sample.metainfo.get('scale_factor', (1.0, 1.0)), np.float64)[:2]
-            original, given = (sizes / scale, sizes) if self.resized else (sizes, sizes * scale)
-            levels = np.full(len(labels), -1)
-            if self.anchors and len(labels):
-                levels = object_levels(given, list(self.anchors.values()))
-            return labels, area_bins(original.prod(1)), levels
-        labels = sample.get('gt_label')
-        labels = np.zeros(0, np.int64) if labels is None else labels.numpy(force=True).reshape(-1)
-        return labels, np.full(len(labels), -1), np.full(len(labels), -1)
+    def _add_objects(self, samples: Sequence) -> None:
+        """The ground truth of the next images, as far as there is any."""
+        numbers = range(len(self.images), len(self.images) + len(samples))
+        boxed = []
+        for number, sample in zip(numbers, samples, strict=True):
+            truth = sample.get('gt_instances')
+            if truth is not None and 'labels' in truth:
+                boxed.append((number, sample, truth))
+        labels: list[Tensor] = [truth.labels for _, _, truth in boxed]
+        images = [number for number, *_ in boxed]
+        if not boxed:
+            found = [
+                (number, s.get('gt_label')) for number, s in zip(numbers, samples, strict=True)
+            ]
+            images = [number for number, label in found if label is not None]
+            labels = [label for _, label in found if label is not None]  # (1,), or (n,) of several
+        if not labels:
+            return
+        sizes = [label.numel() for label in labels]
+        label = torch.cat(labels).numpy(force=True).astype(np.int64)
+        area, level = np.full((2, len(label)), -1)
+        if boxed and len(label) and all('bboxes' in truth for *_, truth in boxed):
+            area, level = self._sizes([(sample, truth) for _, sample, truth in boxed], area, level)
+        self.objects.append(Objects(np.repeat(np.array(images), sizes), label, area, level))
+
+    def _sizes(
+        self, boxed: Sequence[tuple[Any, Any]], area: np.ndarray, level: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Areas (index) and levels of the objects of some images; as they were where unknown."""
+        boxes = [getattr(truth.bboxes, 'tensor', truth.bboxes) for _, truth in boxed]
+        corners = torch.cat([b.reshape(-1, 4) for b in boxes]).numpy(force=True).astype(np.float64)
+        sides = corners[:, 2:] - corners[:, :2]
+        factors = [sample.get('scale_factor') for sample, _ in boxed]
+        known = None not in factors
+        if not known and self.resizes and not self._warned:
+            self._warned = True
+            self.logger.warning(
+                "ExpertRecordHook: the data samples have no 'scale_factor', so the "
+                f'{"size classes" if self.resized else "FPN levels"} of the objects are unknown; '
+                "add it to the meta_keys of the pipeline's packing step"
+            )
+        if not known and not self.resizes:
+            factors, known = [(1.0, 1.0)] * len(boxed), True
+        if known:
+            scale = np.repeat(
+                np.array([np.asarray(f, np.float64)[:2] for f in factors]),
+                [len(b) for b in boxes],
+                axis=0,
+            )
+        if known or not self.resized:
+            area = area_bins((sides / scale if self.resized else sides).prod(1))
+        if self.anchors and (known or self.resized):
+            given = sides if self.resized else sides * scale
+            level = object_levels(given, list(self.anchors.values()))
+        return area, level
 
     def record(self) -> ExpertRecord:
         """What was seen, on this process."""
@@ -331,13 +392,11 @@ class _Recorder:
                 f'ExpertRecordHook: MoE layer {name!r} did not decide over the images of every '
                 f'batch (are its items regions?); it is not recorded'
             )
-        parts = self.objects
-        lengths = [len(labels) for _, labels, *_ in parts]
         objects = Objects.empty()
-        if sum(lengths):
+        if self.objects:
+            keys = ('image', 'label', 'area', 'level')
             objects = Objects(
-                np.repeat([image for image, *_ in parts], lengths),
-                *(np.concatenate([part[i] for part in parts]).astype(np.int64) for i in (1, 2, 3)),
+                *(np.concatenate([getattr(part, key) for part in self.objects]) for key in keys)
             )
         classes = list(self.classes)
         most = int(objects.label.max()) + 1 if len(objects) else 0
@@ -393,10 +452,7 @@ def reduce_calls(
     """
     weights = torch.cat([routing.to_dense().float() for routing in routings])
     chosen = (weights > 0).float()
-    total = weights.sum(1, keepdim=True)
-    p = weights / total.clamp(min=_TINY)
-    entropy = -(p * p.clamp(min=_TINY).log()).sum(1, keepdim=True)
-    parts = [weights, chosen, entropy.exp() * (total > 0)]
+    parts = [weights, chosen, effective_experts(weights)[:, None]]
     logits = [r.logits for r in routings if r.logits is not None]
     if len(logits) == len(routings):
         parts.append(torch.cat(logits).float().clamp(min=LOWEST_LOGIT).to(weights.device))
@@ -493,7 +549,7 @@ def write_json(path: Path, content: Any) -> None:
     """Write a file that is never there in part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'{path.name}.part')
-    part.write_text(json.dumps(content) + '\n')
+    part.write_text(json.dumps(content, separators=(',', ':'), check_circular=False) + '\n')
     os.replace(part, path)
 
 

@@ -77,6 +77,19 @@ class Router(nn.Module):
         """
         raise NotImplementedError
 
+    def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
+        """The combine weights this router's rule gives to a choice that was made elsewhere; here
+        the softmax over the chosen. :func:`~mmdet_moe.moe.forced_routing` asks.
+
+        Args:
+            logits: (T, E) as the routing has them.
+            experts: (T, n) long, n different experts of each item.
+
+        Returns:
+            (T, n); 0 where an item is not to go.
+        """
+        return logits.gather(1, experts).softmax(1)
+
     def reset_parameters(self) -> None:
         """Initialise the parameters. Also called after the model's own ``init_weights``, which
         initialises whatever it finds."""

@@ -101,6 +101,9 @@ class DAMEXRouter(Router):
         """The inner router's."""
         return getattr(self.inner, 'noise', None)
 
+    def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
+        return self.inner.weigh(logits, experts)
+
     def attach(self, layer: MoELayer) -> None:
         self.inner.attach(layer)
 

@@ -72,6 +72,10 @@ class ExpertChoiceRouter(GatedRouter):
                 f"group='batch'"
             )
 
+    def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
+        """The entries of the softmax over all E."""
+        return logits.softmax(1).gather(1, experts)
+
     def route(self, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
         logits = context.constrain(logits)
         p = logits.softmax(1)

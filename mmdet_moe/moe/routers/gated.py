@@ -276,6 +276,12 @@ class SelectingRouter(GatedRouter):
             return None
         return expert_capacity(num_items, self.num_experts, self.k, factor)
 
+    def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
+        """The softmax over the chosen, without ``renormalize`` their entries of the full one."""
+        if self.renormalize:
+            return super().weigh(logits, experts)
+        return logits.softmax(1).gather(1, experts)
+
     def assign(
         self,
         weights: Tensor,

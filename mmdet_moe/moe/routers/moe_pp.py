@@ -205,20 +205,24 @@ class MoEPPRouter(GatedRouter):
         context.state.leave('moe++', logits)
         return logits
 
+    def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
+        """The entries of the softmax, scaled to sum to 1 over the chosen that are not zero."""
+        weights = logits.softmax(1).gather(1, experts)
+        weights = weights.masked_fill(experts >= self.num_choices - self.zero, 0.0)
+        return weights / weights.sum(1, keepdim=True).clamp(min=1e-9)
+
     def route(self, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
         logits = context.constrain(logits)
         p = logits.softmax(1)
-        weights, indices = p.topk(self.k, dim=1)
+        indices = p.topk(self.k, dim=1).indices
         losses: dict[str, Tensor] = {}
         if context.training and self.weight:
             loss = heterogeneous_load_loss(p, indices, self.num_experts, self.tau)
             losses['heterogeneous_load'] = self.weight * loss
         factor = self.capacity_factor if context.training else self.test_capacity_factor
+        weights = self.weigh(logits, indices)
         if self.zero:
-            is_zero = indices >= self.num_choices - self.zero
-            weights = weights.masked_fill(is_zero, 0.0)
-            indices = indices.masked_fill(is_zero, -1)
-        weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-9)
+            indices = indices.masked_fill(indices >= self.num_choices - self.zero, -1)
         if factor is not None:
             heavy, light = heterogeneous_capacity(
                 logits.shape[0], self.num_experts, self.num_choices, self.k, self.tau, factor

@@ -82,6 +82,10 @@ class ReMoERouter(GatedRouter):
         super().reset_parameters()
         self.coefficient.fill_(self.initial_coefficient)
 
+    def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
+        """The ReLU of each logit."""
+        return logits.gather(1, experts).relu()
+
     def route(self, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
         logits = context.constrain(logits)
         weights = logits.relu()

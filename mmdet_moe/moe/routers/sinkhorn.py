@@ -48,18 +48,27 @@ class SinkhornRouter(SelectingRouter):
         self.iterations = iterations
         self.reset_parameters()
 
+    def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
+        """Of sigmoids for a router of k = 1, else of the full softmax."""
+        values = logits.sigmoid() if self.k == 1 else logits.softmax(1)
+        weights = values.gather(1, experts)
+        if self.renormalize:
+            weights = weights / (weights.sum(1, keepdim=True) + 1e-9)
+        return weights
+
     def route(self, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
         logits = context.constrain(logits)
-        p = logits.softmax(1)
         scores = logits.detach()
         if context.training:
             scores = sinkhorn(scores, self.iterations)
         indices = scores.topk(self.k, dim=1).indices
-        values = logits.sigmoid() if self.k == 1 else p
-        weights = values.gather(1, indices)
-        if self.renormalize:
-            weights = weights / (weights.sum(1, keepdim=True) + 1e-9)
-        return self.assign(weights, indices, context, logits=logits, probabilities=p)
+        return self.assign(
+            self.weigh(logits, indices),
+            indices,
+            context,
+            logits=logits,
+            probabilities=logits.softmax(1),
+        )
 
 
 @ROUTERS.register
@@ -89,6 +98,10 @@ class BASERouter(GatedRouter):
         self.group_size = group_size
         self.reset_parameters()
 
+    def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
+        """The sigmoid of each logit."""
+        return logits.gather(1, experts).sigmoid()
+
     def route(self, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
         logits = context.constrain(logits)
         if context.training:
@@ -96,7 +109,7 @@ class BASERouter(GatedRouter):
         else:
             indices = logits.argmax(1, keepdim=True)
         return Routing.from_topk(
-            logits.gather(1, indices).sigmoid(),
+            self.weigh(logits, indices),
             indices,
             self.num_experts,
             logits=logits,
