@@ -1,12 +1,3 @@
 # 10 experts, each a whole stage 2, balanced by the KL loss.
-_base_ = ['./resnet18_dense_cifar100.py', '../_base_/cnn_moe.py']
-model = dict(
-    moe=[
-        dict(
-            targets=r'backbone\.layer2',
-            num_experts=10,
-            balance=_base_.balances.kl,
-            **_base_.moe_layer,
-        )
-    ]
-)
+_base_ = './resnet18_moe-e10-pos2-importance_cifar100.py'
+model = dict(moe=[{**_base_.model.moe[0], 'balance': _base_.balances.kl}])

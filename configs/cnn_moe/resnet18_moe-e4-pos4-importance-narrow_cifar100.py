@@ -1,13 +1,3 @@
 # Narrow experts: two of them together cost what the dense stage does.
-_base_ = ['./resnet18_dense_cifar100.py', '../_base_/cnn_moe.py']
-model = dict(
-    moe=[
-        dict(
-            targets=r'backbone\.layer4',
-            num_experts=4,
-            balance=_base_.balances.importance,
-            width='iso',
-            **_base_.moe_layer,
-        )
-    ]
-)
+_base_ = './resnet18_moe-e4-pos4-importance_cifar100.py'
+model = dict(moe=[{**_base_.model.moe[0], 'width': 'iso'}])

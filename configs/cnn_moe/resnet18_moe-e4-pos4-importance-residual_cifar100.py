@@ -1,13 +1,3 @@
 # The residual form: the experts add to a bypass (1x1 stride-2 convolution + BN).
-_base_ = ['./resnet18_dense_cifar100.py', '../_base_/cnn_moe.py']
-model = dict(
-    moe=[
-        dict(
-            targets=r'backbone\.layer4',
-            num_experts=4,
-            balance=_base_.balances.importance,
-            bypass=True,
-            **_base_.moe_layer,
-        )
-    ]
-)
+_base_ = './resnet18_moe-e4-pos4-importance_cifar100.py'
+model = dict(moe=[{**_base_.model.moe[0], 'bypass': True}])

@@ -1,12 +1,3 @@
 # 4 experts, each a whole stage 4, balanced by the mean constraint.
-_base_ = ['./resnet18_dense_cifar100.py', '../_base_/cnn_moe.py']
-model = dict(
-    moe=[
-        dict(
-            targets=r'backbone\.layer4',
-            num_experts=4,
-            balance=_base_.balances.mean,
-            **_base_.moe_layer,
-        )
-    ]
-)
+_base_ = './resnet18_moe-e4-pos4-importance_cifar100.py'
+model = dict(moe=[{**_base_.model.moe[0], 'balance': _base_.balances.mean}])
