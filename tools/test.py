@@ -28,6 +28,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from mmdet_moe.planning.checks import write_atomically
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -96,14 +98,6 @@ def use_tta(cfg: Config) -> None:
     dataset.pipeline = cfg.tta_pipeline
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write a file that is never there in part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.part')
-    part.write_text(json.dumps(content, indent=2) + '\n')
-    os.replace(part, path)
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     cfg = read_config(args)
@@ -118,16 +112,14 @@ def main(argv: list[str] | None = None) -> int:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in metrics.items()
         }
-        write_json(
-            Path(args.out_json),
-            {
-                'config': os.path.abspath(args.config),
-                'checkpoint': os.path.abspath(args.checkpoint),
-                'seed': meta.get('seed'),
-                'iter': meta.get('iter'),
-                'metrics': clean,
-            },
-        )
+        report = {
+            'config': os.path.abspath(args.config),
+            'checkpoint': os.path.abspath(args.checkpoint),
+            'seed': meta.get('seed'),
+            'iter': meta.get('iter'),
+            'metrics': clean,
+        }
+        write_atomically(args.out_json, json.dumps(report, indent=2) + '\n')
     return 0
 
 

@@ -60,6 +60,7 @@ from mmdet_moe.engine.expert_record import (
 from mmdet_moe.engine.hooks.expert_record_hook import anchor_sizes
 from mmdet_moe.engine.hooks.unwrap import unwrapped_model
 from mmdet_moe.moe import forced_routing, moe_layers
+from mmdet_moe.planning.checks import write_atomically
 from mmdet_moe.visualization import expert_figures as figures
 
 #: What models are usually compared by, best first.
@@ -342,6 +343,7 @@ class Picture:
 def draw_layer(
     record: ExpertRecord,
     name: str,
+    numbers: Mapping[str, Any],
     images: Images,
     samples: Mapping[int, Any],
     anchors: Sequence[np.ndarray],
@@ -349,8 +351,8 @@ def draw_layer(
     args: argparse.Namespace,
     folder: Path,
 ) -> list[Picture]:
-    """All pictures of a layer."""
-    layer, numbers = record.layers[name], statistics(record, name)
+    """All pictures of a layer, whose statistics are ``numbers``."""
+    layer = record.layers[name]
     drawn: list[Picture] = []
 
     def picture(kind: str, caption: str) -> Path:
@@ -533,28 +535,23 @@ def _file_name(layer: str) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file that is never there in part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.part')
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
     """Write a table."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(header)
     writer.writerows(rows)
-    write(path, text.getvalue())
+    write_atomically(path, text.getvalue())
 
 
 def write_tables(
-    record: ExpertRecord, metrics: Mapping[str, Any], ablation: Ablation | None, out: Path
+    record: ExpertRecord,
+    numbers: Mapping[str, Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    ablation: Ablation | None,
+    out: Path,
 ) -> None:
-    """The CSV files."""
-    numbers = {name: statistics(record, name) for name in record.layers}
+    """The CSV files; ``numbers`` are the layers' statistics."""
     keys = ('importance', 'count', 'mean_weight', 'utilisation')
     write_csv(
         out / 'experts.csv',
@@ -634,12 +631,13 @@ code { background: #f4f4f4; padding: 0 .2em; } nav a { margin-right: 1em; }
 def page(
     args: argparse.Namespace,
     record: ExpertRecord,
+    numbers: Mapping[str, Mapping[str, Any]],
     metric: str,
     metrics: Mapping[str, Any],
     pictures: Mapping[str, Sequence[Picture]],
     notes: Sequence[str],
 ) -> str:
-    """The HTML page, with the pictures in it."""
+    """The HTML page, with the pictures in it; ``numbers`` are the layers' statistics."""
     text = html.escape
     body = [
         f'<h1>Experts of {text(Path(args.config).stem)}</h1>',
@@ -648,7 +646,7 @@ def page(
         '<nav>',
         *(f'<a href="#{text(_file_name(name))}">{text(name)}</a>' for name in pictures),
         '</nav>',
-        _summary(record),
+        _summary(numbers),
         *(f'<p>{text(note)}</p>' for note in notes),
     ]
     for name, shown in pictures.items():
@@ -666,12 +664,11 @@ def page(
     )
 
 
-def _summary(record: ExpertRecord) -> str:
+def _summary(numbers: Mapping[str, Mapping[str, Any]]) -> str:
     head = ['layer', 'experts', 'living', 'CV importance', 'CV counts', 'k selected', 'k effective']
     kinds = ('domain', 'class', 'level', 'area')
     rows = []
-    for name in record.layers:
-        found = statistics(record, name)
+    for name, found in numbers.items():
         information = found['information']
         rows.append(
             [
@@ -747,10 +744,13 @@ def analyze(args: argparse.Namespace, out: Path, progress: Any) -> str:
     if ablation is not None:
         pictures['ablation'] = [draw_ablation(model, record, metric, metrics, ablation, out)]
     task = progress.add_task('pictures', total=len(shown))
+    numbers = {name: statistics(record, name) for name in record.layers}
     for name in shown:
-        pictures[name] = draw_layer(record, name, images, samples, anchors, history, args, out)
+        pictures[name] = draw_layer(
+            record, name, numbers[name], images, samples, anchors, history, args, out
+        )
         progress.advance(task)
-    write_tables(record, metrics, ablation, out)
+    write_tables(record, numbers, metrics, ablation, out)
     report = {
         'config': os.path.abspath(args.config),
         'checkpoint': os.path.abspath(args.checkpoint),
@@ -762,11 +762,13 @@ def analyze(args: argparse.Namespace, out: Path, progress: Any) -> str:
         if ablation is None
         else {'single': ablation.single, 'equal': ablation.equal, 'k': ablation.best},
         'notes': notes,
-        'layers': {name: statistics(record, name) for name in record.layers},
+        'layers': numbers,
         'pictures': [p.path.name for shown in pictures.values() for p in shown],
     }
-    write(out / 'report.json', json.dumps(plain(report), indent=1) + '\n')
-    write(out / 'index.html', page(args, record, metric, metrics, pictures, notes))
+    write_atomically(out / 'report.json', json.dumps(plain(report), indent=1) + '\n')
+    write_atomically(
+        out / 'index.html', page(args, record, numbers, metric, metrics, pictures, notes)
+    )
     return f'{out / "index.html"}: {metric} {metrics[metric]:.4g}, {len(record.layers)} layer(s)'
 
 

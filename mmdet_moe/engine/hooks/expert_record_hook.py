@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,8 @@ from mmdet_moe.evaluation.expert_statistics import coefficient_of_variation, sha
 from mmdet_moe.moe import MoELayer, Routing, RoutingContext, RoutingState, moe_layers
 from mmdet_moe.moe.routing import effective_experts
 from mmdet_moe.moe.soft import SlotRouting
+from mmdet_moe.moe.state import stat_key
+from mmdet_moe.planning.checks import write_atomically
 from mmdet_moe.registry import HOOKS
 
 from .unwrap import unwrapped_model
@@ -211,9 +212,8 @@ class ExpertRecordHook(Hook):
         steps, self._steps = self._steps, 0
         for name, layer in self._layers.items():
             none = torch.zeros(layer.num_experts + len(layer.router.extra_experts))
-            key = name.replace('loss', 'los')  # as the state writes it
             total = torch.stack(
-                [sums.get(f'{key}/{what}', none).to(device) for what in ('weight', 'count')]
+                [sums.get(stat_key(name, what), none).to(device) for what in ('weight', 'count')]
             )
             all_reduce(total)
             if not total.any():  # dense warm-up: nothing is routed
@@ -547,10 +547,7 @@ def _scalars(prefix: str, numbers: Mapping[str, Any]) -> dict[str, float]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file that is never there in part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.part')
-    part.write_text(json.dumps(content, separators=(',', ':'), check_circular=False) + '\n')
-    os.replace(part, path)
+    write_atomically(path, json.dumps(content, separators=(',', ':'), check_circular=False) + '\n')
 
 
 __all__ = ['ExpertRecordHook', 'anchor_sizes', 'annotations_are_resized', 'reduce_calls']

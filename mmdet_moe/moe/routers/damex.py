@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from mmdet_moe.planning import ExpertPlan
 
 UNKNOWN = ('ignore', 'error')
+#: What layers and balance losses ask of a router, and the inner one answers.
+INHERITED = (
+    'needs_maps', 'needs_embeddings', 'has_probabilities', 'granularity', 'granularities',
+    'k', 'renormalize',
+)  # fmt: skip
 
 
 @ROUTERS.register
@@ -83,14 +88,9 @@ class DAMEXRouter(Router):
             )
         self.weight = weight
         self.unknown = unknown
-        self.needs_maps = self.inner.needs_maps
-        self.granularity = self.inner.granularity
-        self.granularities = self.inner.granularities
-        self.needs_embeddings = self.inner.needs_embeddings
-        self.has_probabilities = self.inner.has_probabilities
-        for option in ('k', 'renormalize'):  # what balance losses look at
-            if hasattr(self.inner, option):
-                setattr(self, option, getattr(self.inner, option))
+        for what in INHERITED:
+            if hasattr(self.inner, what):
+                setattr(self, what, getattr(self.inner, what))
 
     @property
     def keeps_dense_function(self) -> bool:

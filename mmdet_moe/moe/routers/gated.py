@@ -112,6 +112,14 @@ class GatedRouter(Router):
         """An error that names the class."""
         return ValueError(f'{type(self).__name__}: {message}')
 
+    def check_capacity(self, training: float | None, test: float | None, prioritised: bool) -> None:
+        """Refuse impossible capacity factors, and a priority where nothing is dropped."""
+        for name, factor in (('capacity_factor', training), ('test_capacity_factor', test)):
+            if factor is not None and not (math.isfinite(factor) and factor > 0):
+                raise self.refusal(f'{name} must be > 0 or None, got {factor}')
+        if prioritised and training is None and test is None:
+            raise self.refusal('prioritised drops by priority, but there is no capacity_factor')
+
     def make_gate(self, projection: int) -> None:
         """Create the gate's parameters; :meth:`reset_parameters` fills them."""
         if self.kind == 'cosine':
@@ -250,14 +258,7 @@ class SelectingRouter(GatedRouter):
         super().__init__(in_channels, num_experts, **options)
         if not 1 <= k <= num_experts:
             raise self.refusal(f'k must be 1 to {num_experts} experts, got {k}')
-        for name, factor in (
-            ('capacity_factor', capacity_factor),
-            ('test_capacity_factor', test_capacity_factor),
-        ):
-            if factor is not None and not (math.isfinite(factor) and factor > 0):
-                raise self.refusal(f'{name} must be > 0 or None, got {factor}')
-        if prioritised and capacity_factor is None and test_capacity_factor is None:
-            raise self.refusal('prioritised drops by priority, but there is no capacity_factor')
+        self.check_capacity(capacity_factor, test_capacity_factor, prioritised)
         self.k = k
         self.renormalize = k > 1 if renormalize is None else renormalize
         self.capacity_factor = capacity_factor
@@ -352,6 +353,13 @@ def mean_of_conv(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(means.flatten(1), weight.flatten(1), bias)
 
 
+def chosen_entries(values: Tensor, experts: Tensor, renormalize: bool) -> Tensor:
+    """(T, n) of (T, E) values those of the chosen experts, scaled to sum to 1 with
+    ``renormalize``."""
+    weights = values.gather(1, experts)
+    return weights / (weights.sum(1, keepdim=True) + 1e-9) if renormalize else weights
+
+
 def router_z_loss(logits: Tensor) -> Tensor:
     r"""Mean over items of the squared log-sum-exp of their logits; 0 for no items.
 
@@ -419,6 +427,7 @@ def drop_over_capacity(
 __all__ = [
     'GatedRouter',
     'SelectingRouter',
+    'chosen_entries',
     'drop_over_capacity',
     'expert_capacity',
     'mean_of_conv',

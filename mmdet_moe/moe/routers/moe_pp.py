@@ -135,13 +135,9 @@ class MoEPPRouter(GatedRouter):
         super().__init__(in_channels, num_experts, jitter=jitter, z_loss=z_loss)
         if not 1 <= k <= self.num_choices:
             raise self.refusal(f'k must be 1 to {self.num_choices} experts, got {k}')
-        for name, value in (
-            ('tau', tau),
-            ('capacity_factor', capacity_factor),
-            ('test_capacity_factor', test_capacity_factor),
-        ):
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise self.refusal(f'{name} must be > 0, got {value}')
+        self.check_capacity(capacity_factor, test_capacity_factor, prioritised)
+        if not (math.isfinite(tau) and tau > 0):
+            raise self.refusal(f'tau must be > 0, got {tau}')
         if not (math.isfinite(weight) and weight >= 0):
             raise self.refusal(f'weight must be >= 0, got {weight}')
         self.k = k
@@ -150,8 +146,6 @@ class MoEPPRouter(GatedRouter):
         self.weight = weight
         self.capacity_factor = capacity_factor
         self.test_capacity_factor = test_capacity_factor
-        if prioritised and capacity_factor is None and test_capacity_factor is None:
-            raise self.refusal('prioritised drops by priority, but there is no capacity_factor')
         self.prioritised = prioritised
         free: list[nn.Module] = [CopyExpert() for _ in range(copy)]
         free += [ConstantExpert(in_channels) for _ in range(constant)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmdet_moe.moe.registry import ROUTERS
-from mmdet_moe.moe.routers.gated import GatedRouter, SelectingRouter
+from mmdet_moe.moe.routers.gated import GatedRouter, SelectingRouter, chosen_entries
 from mmdet_moe.moe.routing import Routing, RoutingContext
 
 
@@ -51,10 +51,7 @@ class SinkhornRouter(SelectingRouter):
     def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
         """Of sigmoids for a router of k = 1, else of the full softmax."""
         values = logits.sigmoid() if self.k == 1 else logits.softmax(1)
-        weights = values.gather(1, experts)
-        if self.renormalize:
-            weights = weights / (weights.sum(1, keepdim=True) + 1e-9)
-        return weights
+        return chosen_entries(values, experts, self.renormalize)
 
     def route(self, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
         logits = context.constrain(logits)

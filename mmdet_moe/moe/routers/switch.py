@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmdet_moe.moe.registry import ROUTERS
-from mmdet_moe.moe.routers.gated import SelectingRouter
+from mmdet_moe.moe.routers.gated import SelectingRouter, chosen_entries
 from mmdet_moe.moe.routing import Routing, RoutingContext
 
 SECONDS = ('all', 'random')
@@ -62,12 +62,15 @@ class SwitchRouter(SelectingRouter):
     def keeps_dense_function(self) -> bool:
         return super().keeps_dense_function and (self.second == 'all' or self.k == 1)
 
+    def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
+        """Their entries of the softmax over all E, with ``renormalize`` scaled to sum to 1."""
+        return chosen_entries(logits.softmax(1), experts, self.renormalize)
+
     def route(self, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
         logits = context.constrain(logits)
         p = logits.softmax(1)
-        weights, indices = p.topk(self.k, dim=1)
-        if self.renormalize:
-            weights = weights / (weights.sum(1, keepdim=True) + 1e-9)
+        indices = p.topk(self.k, dim=1).indices
+        weights = chosen_entries(p, indices, self.renormalize)
         dropping = self.second == 'random' and context.training and self.k > 1
         if dropping:
             kept = torch.rand_like(weights) * self.threshold < weights.detach()

@@ -81,13 +81,9 @@ class TopKRouter(SelectingRouter):
             else:
                 std = logits.new_full((), self.noise_std / self.num_experts)
             noisy = logits + torch.randn_like(logits) * std
-        chosen, indices = noisy.topk(self.k, dim=1)
-        if self.renormalize:
-            weights = chosen.softmax(1)
-        else:
-            weights = noisy.softmax(1).gather(1, indices)
+        indices = noisy.topk(self.k, dim=1).indices
         return self.assign(
-            weights,
+            self.weigh(noisy, indices),
             indices,
             context,
             logits=logits,
