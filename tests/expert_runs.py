@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from tiny_models import retinanet_cfg
 
 TOP2 = dict(type='TopKRouter', k=2)
 
@@ -18,47 +19,16 @@ def detector_config(folder: Path, dataset, domains: Path, label_space: dict, **c
             ``tiny_label_space``.
         changes: Of the config.
     """
-    model = dict(
-        type='MoERetinaNet',
+    model = retinanet_cfg(
         label_space=label_space,
-        data_preprocessor=dict(
-            type='DetDataPreprocessor',
-            mean=[100.0] * 3,
-            std=[50.0] * 3,
-            bgr_to_rgb=True,
-            pad_size_divisor=32,
-        ),
-        backbone=dict(
-            type='ResNet', depth=18, base_channels=8, out_indices=(1, 2, 3), style='pytorch'
-        ),
-        neck=dict(type='FPN', in_channels=[16, 32, 64], out_channels=16, start_level=0, num_outs=3),
-        bbox_head=dict(
-            type='MultiDomainRetinaHead',
-            in_channels=16,
-            feat_channels=16,
-            stacked_convs=1,
+        head=dict(
             anchor_generator=dict(
                 type='AnchorGenerator',
                 octave_base_scale=2,
                 scales_per_octave=1,
                 ratios=[1.0],
                 strides=[8, 16, 32],
-            ),
-            bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
-        ),
-        train_cfg=dict(
-            assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4),
-            sampler=dict(type='PseudoSampler'),
-            allowed_border=-1,
-            pos_weight=-1,
-            debug=False,
-        ),
-        test_cfg=dict(
-            nms_pre=100,
-            min_bbox_size=0,
-            score_thr=0.0,
-            nms=dict(type='nms', iou_threshold=0.5),
-            max_per_img=10,
+            )
         ),
         moe=[dict(targets=r'bbox_head\.(cls|reg)_convs\.0', num_experts=3, router=TOP2, noise=0.5)],
     )

@@ -1,4 +1,4 @@
-"""Small detectors, a classifier, batches and plans shared by the tests of the models."""
+"""Small detectors, a classifier, batches and plans, for tests in more than one folder."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 
 # Every image of this run is of 'ink', which e0 serves: e1 and e2 are idle on both ranks.
 SCRIPT = """
@@ -71,7 +71,7 @@ def test_two_processes_train_one_model_and_leave_idle_experts_alone(tmp_path, ti
     for rank in range(2):
         env = {
             **os.environ,
-            'PYTHONPATH': os.pathsep.join([str(HERE.parents[1]), str(HERE)]),
+            'PYTHONPATH': os.pathsep.join([str(TESTS.parent), str(TESTS)]),
             'MASTER_ADDR': '127.0.0.1',
             'MASTER_PORT': str(port),
             'WORLD_SIZE': '2',
