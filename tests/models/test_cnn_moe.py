@@ -123,12 +123,18 @@ def test_upcycled_stages_and_convolutions_are_the_dense_network(kind):
 # -- width ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('kind, size', [('cifar', 32), ('mmdet', 64)])
+@pytest.mark.parametrize(
+    'kind, depth, size, gate',
+    [
+        *((kind, 18, size, gate) for kind, size in (('cifar', 32), ('mmdet', 64))
+          for gate in ('linear', 'conv')),
+        ('cifar', 50, 32, 'linear'),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize('position', [1, 2, 3, 4])
-@pytest.mark.parametrize('gate', ['linear', 'conv'])
-def test_narrow_top_2_costs_what_the_dense_stage_does(kind, size, position, gate):
+def test_narrow_top_2_costs_what_the_dense_stage_does(kind, depth, size, position, gate):
     """By mmengine's analysis, gate and norms included: within 5 % of the dense stage."""
-    model = backbone(kind, base=64)
+    model = backbone(kind, depth, base=64)
     name = f'layer{position}'
     dense = model.get_submodule(name)
     given = []
