@@ -8,7 +8,9 @@ Suite ``routers``: every router in DINO, all from one dense start, with the same
 
 A dense DINO is trained first; every model of the suite, the dense one too, then goes on from it
 with a fresh optimiser, its experts copies of the dense modules. ``--size``, ``--start-steps`` and
-``--steps`` set the budget, ``--models`` chooses among the routers.
+``--steps`` set the budget, ``--models`` chooses among the routers. Suites ``retinanet`` and
+``dino`` compare GEM, DAMEX, the dense twin and one dense model per domain (``single``, together
+with the steps of the others) in the same way. ``--hold-out`` leaves one domain out of everything.
 
 Everything is left in ``work_dirs/mini_uodb/<suite>-seed<N>``: ``plan.json``, a folder for each
 model, its metrics in ``test-<model>/``, the table in ``results.json``, all output in ``steps.log``.
@@ -29,7 +31,18 @@ import steps as job
 
 #: Model -> config. The first one's planner section makes the plan; 'dense' is what all are
 #: compared with.
+GEM = 'configs/gem/{}-{}_effnet-lite0_mini-uodb.py'
+DAMEX = 'configs/routers/damex-{}_effnet-lite0_mini-uodb.py'
 SUITES = {
+    **{
+        detector: {
+            'gem': GEM.format('gem', detector),
+            'dense': GEM.format('dense', detector),
+            'damex': DAMEX.format(detector),
+            'single': GEM.format('single', detector),
+        }
+        for detector in ('retinanet', 'dino')
+    },
     'gem': {
         'gem': 'configs/gem/gem-retinanet_effnet-lite0_mini-uodb.py',
         'dense': 'configs/gem/dense-retinanet_effnet-lite0_mini-uodb.py',
@@ -52,9 +65,13 @@ NO_VALIDATION = (
 )
 
 
+#: The dense start was the dense half: experts part at once.
+NO_DENSE_HALF = ('custom_hooks.3.share=1e-9',)
+
+
 @dataclass(frozen=True)
 class Budget:
-    """What each model of the suite ``routers`` gets.
+    """What each model gets, but for those of suite ``gem``, whose configs say it.
 
     Attributes:
         size: Longer side of the images, px.
@@ -85,17 +102,36 @@ class Budget:
         return options if load_from is None else [*options, f'load_from={load_from}']
 
 
-def run(data: Path, out: Path, seed: int, suite: str, models: Sequence[str], budget: Budget) -> int:
+def domains_of(data: Path, held_out: str | None) -> list[str]:
+    """The domains in the folder ``data``, but one."""
+    found = sorted(path.parent.name for path in data.glob('*/train.json'))
+    if not found:
+        raise job.StepError(f'{data} has no <domain>/train.json: give DATA=... (--data)')
+    if held_out is not None and held_out not in found:
+        raise job.StepError(f'--hold-out: there is no domain {held_out!r} in {found}')
+    return [name for name in found if name != held_out]
+
+
+def run(
+    data: Path,
+    out: Path,
+    seed: int,
+    suite: str,
+    models: Sequence[str],
+    budget: Budget,
+    held_out: str | None = None,
+) -> int:
     """All steps; the exit code."""
-    if not data.is_dir():
-        raise job.StepError(f'{data} is not a folder: give DATA=... (--data)')
+    domains = domains_of(data, held_out)
     out.mkdir(parents=True, exist_ok=True)
     configs = SUITES[suite]
     plan = out / 'plan.json'
     env = {'MINI_UODB': f'{data}/', 'MINI_UODB_PLAN': str(plan)}
+    if held_out is not None:
+        env['MINI_UODB_HELD_OUT'] = held_out
     env |= {'OMP_NUM_THREADS': job.threads(), **job.devices()}
     files = [f'{path.relative_to(data)} {path.stat().st_size}' for path in sorted(data.rglob('*'))]
-    inputs = f'{job.source_digest()} {sys.version_info[:2]} {data} {files} {seed}'
+    inputs = f'{job.source_digest()} {sys.version_info[:2]} {data} {files} {seed} {held_out}'
     steps = job.Steps(out, inputs, env)
 
     arguments = ['tools/plan_experts.py', configs['gem'], '--out', str(plan)]
@@ -108,7 +144,7 @@ def run(data: Path, out: Path, seed: int, suite: str, models: Sequence[str], bud
     )
     train_options: list[str] = []
     test_options: list[str] = []
-    if suite == 'routers':
+    if suite != 'gem':
         start = job.train(
             steps,
             f'train the dense start (seed {seed})',
@@ -121,9 +157,16 @@ def run(data: Path, out: Path, seed: int, suite: str, models: Sequence[str], bud
         test_options = budget.test_options()
     tests = []
     for name in models:
+        if name == 'single':
+            tests += singles(steps, configs[name], out, seed, domains, budget)
+            continue
         config, folder = configs[name], out / f'test-{name}'
+        options = [
+            *train_options,
+            *(NO_DENSE_HALF if suite == 'retinanet' and name != 'dense' else ()),
+        ]
         what = f'train {name} (seed {seed})'
-        checkpoint = job.train(steps, what, config, out / name, seed, train_options)
+        checkpoint = job.train(steps, what, config, out / name, seed, options)
         job.test(steps, f'test {name} per domain', config, checkpoint, folder, test_options)
         tests.append(f'{name}={folder / "metrics.json"}')
     arguments = ['tools/analysis_tools/compare_runs.py', *tests]
@@ -132,6 +175,22 @@ def run(data: Path, out: Path, seed: int, suite: str, models: Sequence[str], bud
     steps.run(*arguments, '--out-json', str(table), show=job.everything)
     print(f'plan  {plan}\nruns  {out}')
     return 0
+
+
+def singles(
+    steps: job.Steps, config: str, out: Path, seed: int, domains: Sequence[str], budget: Budget
+) -> list[str]:
+    """A dense model for every domain alone; together they have the steps of one of the others."""
+    options = budget.train_options((budget.start_steps + budget.steps) // len(domains))
+    tests = []
+    for domain in domains:
+        env, folder = {'SINGLE_DOMAIN': domain}, out / f'test-single-{domain}'
+        what = f'train dense {domain} (seed {seed})'
+        checkpoint = job.train(steps, what, config, out / f'single-{domain}', seed, options, env)
+        what = f'test dense {domain}'
+        job.test(steps, what, config, checkpoint, folder, budget.test_options(), env)
+        tests.append(f'single={folder / "metrics.json"}')
+    return tests
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,11 +203,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--seed', type=int, default=0, help='of all trainings (default: 0)')
     parser.add_argument('--models', nargs='+', help='of the suite, in this order; default: all')
     budget = Budget()
-    parser.add_argument('--size', type=int, default=budget.size, help='routers: longer side, px')
+    parser.add_argument('--hold-out', metavar='DOMAIN', help='leave this domain out of everything')
+    parser.add_argument('--size', type=int, default=budget.size, help='longer side, px')
     parser.add_argument(
-        '--start-steps', type=int, default=budget.start_steps, help='routers: of the dense start'
+        '--start-steps', type=int, default=budget.start_steps, help='of the dense start'
     )
-    parser.add_argument('--steps', type=int, default=budget.steps, help='routers: of every model')
+    parser.add_argument('--steps', type=int, default=budget.steps, help='of every model after it')
     args = parser.parse_args(argv)
     configs = SUITES[args.suite]
     models = args.models or list(configs)
@@ -158,9 +218,12 @@ def main(argv: list[str] | None = None) -> int:
     budget = Budget(args.size, args.start_steps, args.steps)
     if min(budget.size, budget.start_steps, budget.steps) < 1:
         parser.error('--size, --start-steps and --steps must be at least 1')
-    out = Path(args.out or f'work_dirs/mini_uodb/{args.suite}-seed{args.seed}').resolve()
+    without = f'-without-{args.hold_out}' if args.hold_out else ''
+    out = Path(args.out or f'work_dirs/mini_uodb/{args.suite}{without}-seed{args.seed}').resolve()
     data = Path(os.path.expanduser(args.data)).resolve()
-    return job.call('mini_uodb', lambda: run(data, out, args.seed, args.suite, models, budget))
+    return job.call(
+        'mini_uodb', lambda: run(data, out, args.seed, args.suite, models, budget, args.hold_out)
+    )
 
 
 if __name__ == '__main__':

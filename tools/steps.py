@@ -215,7 +215,13 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def train(
-    steps: Steps, what: str, config: str, folder: Path, seed: int, options: Sequence[str] = ()
+    steps: Steps,
+    what: str,
+    config: str,
+    folder: Path,
+    seed: int,
+    options: Sequence[str] = (),
+    env: dict[str, str] | None = None,
 ) -> Path:
     """The step that trains a config into ``folder``; returns the checkpoint.
 
@@ -226,6 +232,7 @@ def train(
         folder: The work dir.
         seed: The random seed.
         options: Changes of the config, ``KEY=VALUE``.
+        env: Environment variables for this training.
 
     Raises:
         StepError: If training fails or leaves no checkpoint.
@@ -237,10 +244,10 @@ def train(
         resume = ['--resume'] if last_checkpoint(folder) else []
         arguments = ['tools/train.py', config, '--work-dir', str(folder), *resume]
         changes = [f'randomness.seed={seed}', *options]
-        steps.run(*arguments, '--cfg-options', *changes, show=progress)
+        steps.run(*arguments, '--cfg-options', *changes, show=progress, env=env)
 
     done = [folder / 'last_checkpoint']
-    inputs = ' '.join([config, str(seed), *options])
+    inputs = ' '.join([config, str(seed), *options, *map(str, (env or {}).items())])
     steps.step(f'train {folder.name}', what, action, inputs, done)
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
@@ -255,6 +262,7 @@ def test(
     checkpoint: Path,
     folder: Path,
     options: Sequence[str] = (),
+    env: dict[str, str] | None = None,
 ) -> dict[str, float]:
     """The step that tests a checkpoint; returns its metrics, ``<folder>/metrics.json`` has them."""
     result = folder / 'metrics.json'
@@ -263,9 +271,10 @@ def test(
         shutil.rmtree(folder, ignore_errors=True)
         arguments = ['tools/test.py', config, str(checkpoint), '--work-dir', str(folder)]
         arguments += ['--cfg-options', *options] if options else []
-        steps.run(*arguments, '--out-json', str(result), show=progress)
+        steps.run(*arguments, '--out-json', str(result), show=progress, env=env)
 
-    steps.step(f'test {folder.name}', what, action, f'{config} {[*options]}', [result])
+    inputs = f'{config} {[*options]} {[*(env or {}).items()]}'
+    steps.step(f'test {folder.name}', what, action, inputs, [result])
     return json.loads(result.read_text())['metrics']
 
 

@@ -1,7 +1,9 @@
 # Five small real domains (blood cells, circuit boards, aerial infrared, hand-drawn diagrams, ground
 # thermal) with label spaces that do not overlap. 320 px. Where they lie:
 #   $MINI_UODB/<domain>/{train,val}.json and the images in $MINI_UODB/<domain>/{train,val}/
+# A domain named by $MINI_UODB_HELD_OUT is left out of everything: a newcomer for later.
 data_root = '{{$MINI_UODB:data/mini_uodb/}}'
+held_out = '{{$MINI_UODB_HELD_OUT:none}}'
 label_space = dict(
     domains=dict(
         bccd=['RBC', 'WBC', 'Platelets'],
@@ -25,6 +27,7 @@ label_space = dict(
         cheetah=['cheetah', 'human'],
     )
 )
+label_space['domains'].pop(held_out, None)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
