@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -27,7 +29,9 @@ from mmdet_moe.moe import (
     MoELayer,
     PlanRouter,
     RoutingState,
+    adapter_layers,
     check_datasets,
+    count_parameters,
     replace_modules,
     upcycle_,
 )
@@ -44,7 +48,7 @@ HEADS = ('bbox_head', 'roi_head', 'head')
 
 
 class MoEMixin:
-    """Mixture-of-Experts for a model of mmdet or mmpretrain; put it before the base class.
+    r"""Mixture-of-Experts for a model of mmdet or mmpretrain; put it before the base class.
 
     Args:
         *args: As the base model.
@@ -65,7 +69,8 @@ class MoEMixin:
         freeze_others: Train the MoE layers (experts, routers, bypasses) and nothing else: all other
             parameters are frozen, heads and their class rows too, and norms outside of MoE layers
             stay in evaluation mode, also after ``train()``. Optimisers skip parameters without a
-            gradient, so they need no option for it.
+            gradient, so they need no option for it. ``dict(train=[r'head\..*'])`` lets the
+            parameters train, too, whose whole names match one of the regular expressions.
         **kwargs: As the base model.
 
     Raises:
@@ -84,7 +89,7 @@ class MoEMixin:
         restrict_classes: bool | None = None,
         domain: str | None = None,
         log_routing: bool = True,
-        freeze_others: bool = False,
+        freeze_others: bool | Mapping[str, Sequence[str]] = False,
         **kwargs: Any,
     ) -> None:
         if label_space is not None:
@@ -106,9 +111,11 @@ class MoEMixin:
             self.moe_names = replace_modules(self, specs, self.routing_state)
         self._routes_images = any(x.share == 'image' for x in self.moe_layers().values())
         self._refuse_frozen()
-        self.freeze_others = freeze_others
+        self.freeze_others = bool(freeze_others)
         if freeze_others:
-            self._freeze_others()
+            self._freeze_others(_train_patterns(freeze_others))
+        if adapter_layers(self):
+            print_log(str(count_parameters(self)), logger='current')
         self._embeds_known = any(
             layer.router.needs_embeddings for layer in self.moe_layers().values()
         )
@@ -141,7 +148,7 @@ class MoEMixin:
 
     @contextmanager
     def _dense_modules(self) -> Iterator[None]:
-        """The first experts in the places of their layers."""
+        """The dense modules in the places of their layers."""
         places = [
             (parent._modules, child, layer)
             for parent in list(self.modules())
@@ -150,7 +157,7 @@ class MoEMixin:
         ]
         try:
             for children, child, layer in places:
-                children[child] = layer.experts[0]
+                children[child] = layer.dense
             yield
         finally:
             for children, child, layer in places:
@@ -161,7 +168,8 @@ class MoEMixin:
         super().train(mode)
         if getattr(self, 'freeze_others', False):
             for module in self._others():
-                if isinstance(module, _NormBase):
+                trains = any(p.requires_grad for p in module.parameters(recurse=False))
+                if isinstance(module, _NormBase) and not trains:
                     module.eval()
         return self
 
@@ -181,9 +189,17 @@ class MoEMixin:
                     f'another target'
                 )
 
-    def _freeze_others(self) -> None:
-        for module in self._others():
-            for parameter in module.parameters(recurse=False):
+    def _freeze_others(self, train: Sequence[str]) -> None:
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        others = [p for module in self._others() for p in module.parameters(recurse=False)]
+        idle = [x for x in train if not any(re.fullmatch(x, names[id(p)]) for p in others)]
+        if idle:
+            raise ValueError(
+                f'freeze_others: no parameter outside of MoE layers is called {idle[0]!r}; the '
+                f'last are {[names[id(p)] for p in others][-4:]}'
+            )
+        for parameter in others:
+            if not any(re.fullmatch(pattern, names[id(parameter)]) for pattern in train):
                 parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(
@@ -438,6 +454,17 @@ def _tell_head(cfg: Mapping, label_space: LabelSpace, restrict_classes: bool | N
     elif 'num_classes' in cfg:
         cfg['num_classes'] = label_space.num_classes
     return cfg
+
+
+def _train_patterns(freeze_others: bool | Mapping[str, Sequence[str]]) -> list[str]:
+    if not isinstance(freeze_others, Mapping):
+        return []
+    if set(freeze_others) != {'train'}:
+        raise ValueError(
+            rf"freeze_others must be a bool or dict(train=[r'head\..*']), got {freeze_others!r}"
+        )
+    train = freeze_others['train']
+    return [train] if isinstance(train, str) else list(train)
 
 
 def _is_rgb(preprocessor: Any) -> bool:
