@@ -308,8 +308,10 @@ class AdapterLayer(MoELayer):
         kwargs: dict[str, Any],
         per_item: Callable[[int | str, Any], bool],
     ) -> Tensor:
-        out = self.base(x, *args, **kwargs)
-        out = out.view(*items.shape[:-1], out.shape[-1])
+        # Of the items where that is the same, bit for bit: adding into a view copies its gradient.
+        out = self.base(items if x.is_contiguous() else x, *args, **kwargs)
+        if out.ndim != items.ndim:
+            out = out.view(*items.shape[:-1], out.shape[-1])
         if isinstance(routing, SlotRouting):
             return out + run_slots(self.experts, items, routing, (), {}, per_item)
         return add_experts(out, self.experts, items, routing)
