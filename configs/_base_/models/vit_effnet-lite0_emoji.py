@@ -3,7 +3,8 @@
 # frozen stem), tokens with the class token, and a training step of 64 images on one busy core:
 #   64 px:  53 M (21 M), 17 tokens, 0.3 s     96 px: 118 M (47 M), 37 tokens, 0.8 s
 #   128 px: 212 M (83 M), 65 tokens, 1.5 s
-# img_size and the pipeline's Resize go together; a checkpoint's position embeddings are resized.
+# img_size and the size of the pipeline's images go together; position embeddings are resized to
+# other sizes, also when a checkpoint is loaded.
 model = dict(
     type='mmdet_moe.MoEImageClassifier',
     # What EfficientNet-Lite was trained with.
@@ -18,7 +19,7 @@ model = dict(
             channels_last=True,
             init_cfg=dict(type='EfficientNetLitePretrained'),
         ),
-        img_size=96,
+        img_size=64,
         arch=dict(embed_dims=160, num_layers=6, num_heads=4, feedforward_channels=640),
     ),
     head=dict(
