@@ -33,6 +33,7 @@ from mmdet_moe.moe import (
     check_datasets,
     count_parameters,
     replace_modules,
+    sparse_blocks,
     upcycle_,
 )
 from mmdet_moe.moe.routers.plan import load_plan
@@ -53,8 +54,10 @@ class MoEMixin:
     Args:
         *args: As the base model.
         moe: What to replace, a list of specs: ``dict(targets=regex, num_experts=E,
-            router=dict(type=...), ...)``, see :func:`mmdet_moe.moe.replace_modules`. None or empty:
-            the dense twin.
+            router=dict(type=...), ...)``, see :func:`mmdet_moe.moe.replace_modules`. Of a
+            transformer ``blocks='[SF]*6'`` in the place of ``targets`` says which blocks are
+            sparse: their FFNs are replaced, see :func:`mmdet_moe.moe.sparse_blocks`. None or
+            empty: the dense twin.
         label_space: The :class:`~mmdet_moe.structures.LabelSpace` of the data or its config.
             Passed on to the head, whose number of classes follows from it.
         plan: Plan file (or its content, or an ``ExpertPlan``) for the ``PlanRouter`` specs that
@@ -105,7 +108,7 @@ class MoEMixin:
         self.routing_state = RoutingState()
         self._in_forward = False
         self._images_are_rgb = images_are_rgb
-        specs = [_with_plan(spec, plan) for spec in moe or ()]
+        specs = [_with_plan(_with_targets(spec, self), plan) for spec in moe or ()]
         self.moe_names: list[str] = []
         if specs:
             self.moe_names = replace_modules(self, specs, self.routing_state)
@@ -480,6 +483,31 @@ def planned_domains(layers: Iterable[MoELayer]) -> frozenset[str] | None:
     None without a plan."""
     plans = [r.datasets for x in layers for r in x.router.modules() if isinstance(r, PlanRouter)]
     return frozenset.intersection(*map(frozenset, plans)) if plans else None
+
+
+def _with_targets(spec: Mapping, model: nn.Module) -> Mapping:
+    """The spec with the FFNs of its ``blocks`` as ``targets``.
+
+    Raises:
+        ValueError: It has both, or the model's backbone is no transformer whose blocks are
+            ``layers.<i>`` with an ``ffn``; or see :func:`~mmdet_moe.moe.sparse_blocks`.
+    """
+    if 'blocks' not in spec:
+        return spec
+    rest = {key: value for key, value in spec.items() if key != 'blocks'}
+    if 'targets' in rest:
+        raise ValueError(
+            f'a MoE spec has blocks={spec["blocks"]!r} and targets={rest["targets"]!r}: give one'
+        )
+    backbone = getattr(model, 'backbone', None)
+    layers = getattr(backbone, 'layers', None)
+    if not isinstance(layers, nn.ModuleList) or not all(hasattr(x, 'ffn') for x in layers):
+        raise ValueError(
+            f'blocks={spec["blocks"]!r} is for a backbone that is a row of layers with an ffn each '
+            f'(VisionTransformer); a {type(backbone).__name__} is none: name the modules in targets'
+        )
+    chosen = sparse_blocks(spec['blocks'], len(layers))
+    return {**rest, 'targets': [rf'backbone\.layers\.{block - 1}\.ffn' for block in chosen]}
 
 
 def is_plan_router(spec: Mapping) -> bool:

@@ -39,6 +39,7 @@ from mmdet_moe.moe.balance import (
     switch_loss,
     variance_loss,
 )
+from mmdet_moe.moe.blocks import sparse_blocks
 from mmdet_moe.moe.dispatch import run_experts
 from mmdet_moe.moe.forced import forced_routing
 from mmdet_moe.moe.layer import MoELayer, moe_layers
@@ -152,6 +153,7 @@ __all__ = [
     'replace_modules',
     'run_experts',
     'run_slots',
+    'sparse_blocks',
     'spread_first_expert_',
     'spread_optimizer_state_',
     'switch_loss',

@@ -92,6 +92,9 @@ class MoELayer(nn.Module):
         leader: The layer that owns that router; None: this one. ``router`` and ``balance`` are
             ignored then.
         image_size: Sides that the input images are pooled to, if larger, with ``share='image'``.
+        drop: What the dense module applies to its output before the identity is added, once for
+            the batch: stochastic depth, which drops whole images and not single tokens. Without
+            parameters.
 
     Raises:
         ValueError: If the pieces do not fit.
@@ -125,6 +128,7 @@ class MoELayer(nn.Module):
         share: str | None = None,
         leader: MoELayer | None = None,
         image_size: int = 64,
+        drop: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if not experts:
@@ -139,6 +143,7 @@ class MoELayer(nn.Module):
         self.shared = nn.ModuleList(shared)
         self.shared_weight = shared_weight
         self.bypass = bypass
+        self.drop = drop
         self.router: Router
         self.balance: nn.ModuleList
         if share is not None and share not in SHARES:
@@ -312,7 +317,7 @@ class MoELayer(nn.Module):
         if self.training and self.state.dense:
             out = self.dense(x, *args, **kwargs)
             out = out if self.bypass is None else self.bypass(x) + out
-            return out if identity is None else identity + out
+            return self._join(out, identity)
         shape = x.shape
         per_image = 1
         self._check_args(x, args, kwargs)
@@ -361,6 +366,10 @@ class MoELayer(nn.Module):
         out = self.state.attach(out, losses)
         if self.granularity == 'token' and x.ndim != 2:
             out = out.reshape(*shape[:-1], out.shape[-1])
+        return self._join(out, identity)
+
+    def _join(self, out: Any, identity: Tensor | None) -> Any:
+        out = out if self.drop is None else self.drop(out)
         return out if identity is None else identity + out
 
     # Parts of forward

@@ -105,7 +105,7 @@ def replace_modules(
             * ``share_router``: 'call' or 'image': all layers of the spec have one router, see
               :mod:`mmdet_moe.moe.sharing`; with 'image' the sides of what it sees are at most
               ``image_size`` (64);
-            * ``width``: 'iso', a number or a share: narrow experts, see
+            * ``width``: 'iso', a number or a share: narrow experts of residual blocks or FFNs, see
               :func:`~mmdet_moe.moe.experts.narrow_`;
             * ``bypass``: True for the residual form, see
               :func:`~mmdet_moe.moe.experts.make_bypass`;
@@ -371,6 +371,7 @@ def _build(
         share=spec.get('share_router'),
         leader=leader,
         image_size=spec.get('image_size', 64),
+        drop=target.drop,
     )
 
 
