@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -27,8 +29,11 @@ from mmdet_moe.moe import (
     MoELayer,
     PlanRouter,
     RoutingState,
+    adapter_layers,
     check_datasets,
+    count_parameters,
     replace_modules,
+    sparse_blocks,
     upcycle_,
 )
 from mmdet_moe.moe.routers.plan import load_plan
@@ -44,13 +49,15 @@ HEADS = ('bbox_head', 'roi_head', 'head')
 
 
 class MoEMixin:
-    """Mixture-of-Experts for a model of mmdet or mmpretrain; put it before the base class.
+    r"""Mixture-of-Experts for a model of mmdet or mmpretrain; put it before the base class.
 
     Args:
         *args: As the base model.
         moe: What to replace, a list of specs: ``dict(targets=regex, num_experts=E,
-            router=dict(type=...), ...)``, see :func:`mmdet_moe.moe.replace_modules`. None or empty:
-            the dense twin.
+            router=dict(type=...), ...)``, see :func:`mmdet_moe.moe.replace_modules`. Of a
+            transformer ``blocks='[SF]*6'`` in the place of ``targets`` says which blocks are
+            sparse: their FFNs are replaced, see :func:`mmdet_moe.moe.sparse_blocks`. None or
+            empty: the dense twin.
         label_space: The :class:`~mmdet_moe.structures.LabelSpace` of the data or its config.
             Passed on to the head, whose number of classes follows from it.
         plan: Plan file (or its content, or an ``ExpertPlan``) for the ``PlanRouter`` specs that
@@ -65,7 +72,8 @@ class MoEMixin:
         freeze_others: Train the MoE layers (experts, routers, bypasses) and nothing else: all other
             parameters are frozen, heads and their class rows too, and norms outside of MoE layers
             stay in evaluation mode, also after ``train()``. Optimisers skip parameters without a
-            gradient, so they need no option for it.
+            gradient, so they need no option for it. ``dict(train=[r'head\..*'])`` lets the
+            parameters train, too, whose whole names match one of the regular expressions.
         **kwargs: As the base model.
 
     Raises:
@@ -84,7 +92,7 @@ class MoEMixin:
         restrict_classes: bool | None = None,
         domain: str | None = None,
         log_routing: bool = True,
-        freeze_others: bool = False,
+        freeze_others: bool | Mapping[str, Sequence[str]] = False,
         **kwargs: Any,
     ) -> None:
         if label_space is not None:
@@ -100,15 +108,17 @@ class MoEMixin:
         self.routing_state = RoutingState()
         self._in_forward = False
         self._images_are_rgb = images_are_rgb
-        specs = [_with_plan(spec, plan) for spec in moe or ()]
+        specs = [_with_plan(_with_targets(spec, self), plan) for spec in moe or ()]
         self.moe_names: list[str] = []
         if specs:
             self.moe_names = replace_modules(self, specs, self.routing_state)
         self._routes_images = any(x.share == 'image' for x in self.moe_layers().values())
         self._refuse_frozen()
-        self.freeze_others = freeze_others
+        self.freeze_others = bool(freeze_others)
         if freeze_others:
-            self._freeze_others()
+            self._freeze_others(_train_patterns(freeze_others))
+        if adapter_layers(self):
+            print_log(str(count_parameters(self)), logger='current')
         self._embeds_known = any(
             layer.router.needs_embeddings for layer in self.moe_layers().values()
         )
@@ -141,7 +151,7 @@ class MoEMixin:
 
     @contextmanager
     def _dense_modules(self) -> Iterator[None]:
-        """The first experts in the places of their layers."""
+        """The dense modules in the places of their layers."""
         places = [
             (parent._modules, child, layer)
             for parent in list(self.modules())
@@ -150,7 +160,7 @@ class MoEMixin:
         ]
         try:
             for children, child, layer in places:
-                children[child] = layer.experts[0]
+                children[child] = layer.dense
             yield
         finally:
             for children, child, layer in places:
@@ -161,7 +171,8 @@ class MoEMixin:
         super().train(mode)
         if getattr(self, 'freeze_others', False):
             for module in self._others():
-                if isinstance(module, _NormBase):
+                trains = any(p.requires_grad for p in module.parameters(recurse=False))
+                if isinstance(module, _NormBase) and not trains:
                     module.eval()
         return self
 
@@ -181,9 +192,17 @@ class MoEMixin:
                     f'another target'
                 )
 
-    def _freeze_others(self) -> None:
-        for module in self._others():
-            for parameter in module.parameters(recurse=False):
+    def _freeze_others(self, train: Sequence[str]) -> None:
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        others = [p for module in self._others() for p in module.parameters(recurse=False)]
+        idle = [x for x in train if not any(re.fullmatch(x, names[id(p)]) for p in others)]
+        if idle:
+            raise ValueError(
+                f'freeze_others: no parameter outside of MoE layers is called {idle[0]!r}; the '
+                f'last are {[names[id(p)] for p in others][-4:]}'
+            )
+        for parameter in others:
+            if not any(re.fullmatch(pattern, names[id(parameter)]) for pattern in train):
                 parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(
@@ -440,6 +459,17 @@ def _tell_head(cfg: Mapping, label_space: LabelSpace, restrict_classes: bool | N
     return cfg
 
 
+def _train_patterns(freeze_others: bool | Mapping[str, Sequence[str]]) -> list[str]:
+    if not isinstance(freeze_others, Mapping):
+        return []
+    if set(freeze_others) != {'train'}:
+        raise ValueError(
+            rf"freeze_others must be a bool or dict(train=[r'head\..*']), got {freeze_others!r}"
+        )
+    train = freeze_others['train']
+    return [train] if isinstance(train, str) else list(train)
+
+
 def _is_rgb(preprocessor: Any) -> bool:
     """Whether the preprocessor hands over RGB; images are loaded as BGR."""
     get = (
@@ -453,6 +483,31 @@ def planned_domains(layers: Iterable[MoELayer]) -> frozenset[str] | None:
     None without a plan."""
     plans = [r.datasets for x in layers for r in x.router.modules() if isinstance(r, PlanRouter)]
     return frozenset.intersection(*map(frozenset, plans)) if plans else None
+
+
+def _with_targets(spec: Mapping, model: nn.Module) -> Mapping:
+    """The spec with the FFNs of its ``blocks`` as ``targets``.
+
+    Raises:
+        ValueError: It has both, or the model's backbone is no transformer whose blocks are
+            ``layers.<i>`` with an ``ffn``; or see :func:`~mmdet_moe.moe.sparse_blocks`.
+    """
+    if 'blocks' not in spec:
+        return spec
+    rest = {key: value for key, value in spec.items() if key != 'blocks'}
+    if 'targets' in rest:
+        raise ValueError(
+            f'a MoE spec has blocks={spec["blocks"]!r} and targets={rest["targets"]!r}: give one'
+        )
+    backbone = getattr(model, 'backbone', None)
+    layers = getattr(backbone, 'layers', None)
+    if not isinstance(layers, nn.ModuleList) or not all(hasattr(x, 'ffn') for x in layers):
+        raise ValueError(
+            f'blocks={spec["blocks"]!r} is for a backbone that is a row of layers with an ffn each '
+            f'(VisionTransformer); a {type(backbone).__name__} is none: name the modules in targets'
+        )
+    chosen = sparse_blocks(spec['blocks'], len(layers))
+    return {**rest, 'targets': [rf'backbone\.layers\.{block - 1}\.ffn' for block in chosen]}
 
 
 def is_plan_router(spec: Mapping) -> bool:
