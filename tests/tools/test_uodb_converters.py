@@ -14,7 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / 'tools/dataset_converters'))
 
-from uodb import convert, deeplesion, dota, kitti, layout  # noqa: E402
+from uodb import convert, deeplesion, dota, kitti, layout, lisa  # noqa: E402
 
 
 def picture(path: Path, width: int, height: int) -> Path:
@@ -82,11 +82,12 @@ def make_voc_folder(root: Path, lists: dict[str, dict[str, list[tuple]]]) -> Non
 
 def make_voc(src: Path) -> list:
     dog, hard = ('dog', 1, 1, 50, 40, 0), ('chair', 11, 6, 20, 15, 1)
+    man = ('person', 3, 4, 7, 9, 0)
     make_voc_folder(
         src / 'VOCdevkit/VOC2007',
         {
             'trainval': {'000005': [dog, hard]},
-            'test': {'000001': [hard, ('person', 3, 4, 7, 9, 0)]},
+            'test': {'000001': [hard, man]},
         },
     )
     make_voc_folder(
@@ -111,6 +112,9 @@ def make_art(name: str) -> Callable[[Path], list]:
     return make
 
 
+WIDER_LISTS = 'wider_face_split'
+
+
 def make_widerface(src: Path) -> list:
     parade, none = '0--Parade/0_Parade_marchingband_1_849', '0--Parade/0_Parade_Parade_0_452'
     train = [
@@ -121,9 +125,9 @@ def make_widerface(src: Path) -> list:
         f'{none}.jpg\n0\n0 0 0 0 0 0 0 0 0 0 \n',
         '1--Handshaking/1_Handshaking_Handshaking_1_1.jpg\n1\n1 1 8 8 0 0 0 0 0 0 \n',
     ]
-    write(src / 'wider_face_split/wider_face_train_bbx_gt.txt', ''.join(train))
+    write(src / f'{WIDER_LISTS}/wider_face_train_bbx_gt.txt', ''.join(train))
     val = f'{none}_v.jpg\n0\n{parade}_v.jpg\n1\n50 30 20 20 0 0 0 0 0 0 \n'  # and no row of zeros
-    write(src / 'wider_face_split/wider_face_val_bbx_gt.txt', val)
+    write(src / f'{WIDER_LISTS}/wider_face_val_bbx_gt.txt', val)
     for name in (parade, none, '1--Handshaking/1_Handshaking_Handshaking_1_1'):
         picture(src / f'WIDER_train/images/{name}.jpg', 64, 48)
     for name in (parade, none):
@@ -490,6 +494,20 @@ def read_config(out: Path, monkeypatch):
     return Config.fromfile(str(layout.CONFIG), format_python_code=False)
 
 
+def test_images_that_readers_may_turn_are_named(tmp_path, capsys):
+    src = tmp_path / 'owner'
+    make_widerface(src)
+    image = Image.new('RGB', (64, 48))
+    exif = image.getexif()
+    exif[274] = 6  # a quarter turn
+    image.save(src / 'WIDER_val/images/0--Parade/0_Parade_marchingband_1_849_v.jpg', exif=exif)
+    assert run('widerface', src, tmp_path, '--partial') == 0
+    report = capsys.readouterr().out
+    assert '1 images carry an EXIF rotation' in report and "'color_ignore_orientation'" in report
+    (size,) = {(i['width'], i['height']) for i in load(tmp_path, 'widerface', 'test')['images']}
+    assert size == (64, 48)  # that which the boxes are for
+
+
 def test_the_result_is_what_the_config_reads(made, monkeypatch, mmdet_moe_scope):
     from mmdet_moe.registry import DATASETS
 
@@ -514,9 +532,22 @@ def test_the_result_is_what_the_config_reads(made, monkeypatch, mmdet_moe_scope)
         for index in range(len(dataset)):
             assert Path(dataset.get_data_info(index)['img_path']).is_file()
     # The van, the sitting person and DontCare of KITTI's first training image.
-    (first, _) = DATASETS.build({**cfg.train_domains['kitti'], 'lazy_init': False}).load_data_list()
+    metainfo = {'classes': cfg.label_space.domains.kitti}
+    alone = DATASETS.build({**cfg.train_domains['kitti'], 'metainfo': metainfo, 'lazy_init': True})
+    first, _ = alone.load_data_list()
     assert [i['ignore_flag'] for i in first['instances']] == [0, 1, 1, 1, 1, 1]
     assert [i['bbox_label'] for i in first['instances']] == [0, 0, 1, 0, 1, 2]
+
+
+def test_what_converters_call_a_class_is_one_of_the_config():
+    from mmdet.datasets import CocoDataset, VOCDataset
+
+    space = layout.label_space()
+    assert set(kitti.CLASSES.values()) == set(space['kitti'])
+    assert set(lisa.SUPERCLASSES) == set(space['lisa'])
+    assert space['voc'] == space['clipart'] == VOCDataset.METAINFO['classes']
+    assert space['coco'] == CocoDataset.METAINFO['classes']
+    assert set(space['comic']) == set(space['watercolor']) < set(space['voc'])
 
 
 def test_every_miniature_is_in_order_but_for_its_size(made, capsys):

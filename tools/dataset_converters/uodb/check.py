@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdet_moe.planning.checks import short
-from uodb.layout import MANIFEST, SPLITS, image_size, label_space
+from uodb.layout import MANIFEST, SPLITS, label_space, read_header
 
 
 def check_domain(out: Path, domain: str) -> list[str]:
@@ -77,7 +77,7 @@ def _check_split(
             found['images are missing'].append(image['file_name'])
             continue
         try:
-            if image_size(path) != size:
+            if read_header(path).size != size:
                 found['images have another size than the json says'].append(image['file_name'])
         except ValueError:
             found['images cannot be read'].append(image['file_name'])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 3)]  # to run from a clone
 
+from mmdet_moe.planning.checks import short  # noqa: E402
 from uodb import coco, deeplesion, dota, kitchen, kitti, lisa, voc, widerface  # noqa: E402
 from uodb.check import check_domain  # noqa: E402
 from uodb.layout import check_reading, digest, write_domain  # noqa: E402
@@ -137,6 +138,14 @@ def main(argv: list[str] | None = None) -> int:
         )
         for reason, count in made['changed'].items():
             print(f'  {count} boxes {reason}')
+        if made['without']:
+            print(f'  no box of class {", ".join(made["without"])}')
+        if made['turned']:
+            print(
+                f'  {len(made["turned"])} images carry an EXIF rotation; the boxes are for the '
+                "image as it is stored: load them with color_type='color_ignore_orientation': "
+                f'{short(made["turned"], 3)}'
+            )
     return 0
 
 

@@ -17,12 +17,11 @@ from uodb.layout import (
     Reading,
     count_surplus,
     find,
-    image_size,
+    read_header,
     read_lines,
 )
 
 SIZES = {'train': 1411, 'test': 458}
-Image.MAX_IMAGE_PIXELS = None  # the largest are more than PIL takes without asking
 
 
 def read(args: argparse.Namespace) -> Reading:
@@ -31,6 +30,7 @@ def read(args: argparse.Namespace) -> Reading:
         raise ValueError(f'--overlap must be in [0, {args.tile}), got {args.overlap}')
     if not 0 < args.min_share <= 1:
         raise ValueError(f'--min-share must be in (0, 1], got {args.min_share}')
+    Image.MAX_IMAGE_PIXELS = None  # some are larger than PIL takes for granted
     splits, notes = {}, []
     for split, owners in (('train', 'train'), ('test', 'val')):
         labels = find(
@@ -109,8 +109,12 @@ def _open(path: Path) -> Image.Image:
     return Image.open(path).convert('RGB')
 
 
+def _crop(path: Path, place: tuple[int, int, int, int]) -> Image.Image:
+    return _open(path).crop(place)
+
+
 def _pictures(item: Item, tile: int, overlap: int, min_share: float) -> Iterator[Picture]:
-    width, height = image_size(item.source)
+    width, height = read_header(item.source).size
     boxes = parse_label(item.data)
     for top in starts(height, tile, overlap):
         for left in starts(width, tile, overlap):
@@ -118,7 +122,7 @@ def _pictures(item: Item, tile: int, overlap: int, min_share: float) -> Iterator
             yield Picture(
                 f'{item.key}_{left}_{top}.png',
                 cut_boxes(boxes, place, min_share),
-                pixels=partial(lambda place: _open(item.source).crop(place), place),
+                pixels=partial(_crop, item.source, place),
             )
 
 

@@ -26,7 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mmdet_moe.planning.checks import short, write_atomically
 
@@ -239,9 +239,10 @@ def split_by_seed(
     wanted = round(test_share * len(items))
     test: set[str] = set()
     for name in order:
-        if sum(sizes[taken] for taken in test) >= wanted:
+        if wanted <= 0:
             break
         test.add(name)
+        wanted -= sizes[name]
     return {
         'train': [item for item in items if group(item) not in test],
         'test': [item for item in items if group(item) in test],
@@ -288,15 +289,28 @@ def clean_box(
     return box, 'clipped' if clipped else None
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image file in pixels, from its header.
+@dataclass(frozen=True)
+class Header:
+    """What an image file says of itself.
+
+    Attributes:
+        size: Width and height in pixels, as stored.
+        turned: Whether its EXIF data ask readers to rotate or mirror it.
+    """
+
+    size: tuple[int, int]
+    turned: bool
+
+
+def read_header(path: Path) -> Header:
+    """The header of an image file.
 
     Raises:
         ValueError: It is not an image.
     """
     try:
         with Image.open(path) as image:
-            return image.size
+            return Header(image.size, image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f'{path} is not a readable image: {error}') from None
 
@@ -384,7 +398,9 @@ def write_domain(
         progress: Show a bar.
 
     Returns:
-        Split -> ``images``, ``boxes``, ``ignored`` and ``changed``: reason -> number of boxes.
+        Split -> numbers of ``images``, ``boxes`` and ``ignored`` boxes; ``changed``: what was wrong
+        with boxes -> how many; ``without``: classes without a box; ``turned``: images that readers
+        may rotate.
 
     Raises:
         ValueError: The owner's folder is not complete, or ``out`` holds something else.
@@ -407,13 +423,17 @@ def write_domain(
         images: list[dict] = []
         annotations: list[dict] = []
         changed: Counter[str] = Counter()
+        turned: list[str] = []
         (folder / split).mkdir(exist_ok=True)
         with _bar(f'{domain} {split}', len(items), progress) as tick:
             for item in items:
                 for picture in reading.pictures(item):
                     target = folder / split / picture.file_name
                     place(picture, target, link)
-                    width, height = image_size(target)
+                    header = read_header(target)
+                    width, height = header.size
+                    if header.turned:
+                        turned.append(picture.file_name)
                     image_id = len(images) + 1 if picture.id is None else picture.id
                     images.append(
                         {
@@ -448,6 +468,12 @@ def write_domain(
             'boxes': len(annotations),
             'ignored': sum(annotation['iscrowd'] for annotation in annotations),
             'changed': dict(sorted(changed.items())),
+            'without': [
+                name
+                for name, number in ids.items()
+                if all(annotation['category_id'] != number for annotation in annotations)
+            ],
+            'turned': turned,
         }
         content = {
             'images': images,
