@@ -480,6 +480,12 @@ def test_deeplesion_windows_hounsfield_units_and_ignores_noisy_marks(made, tmp_p
     assert pixels[0, 0].tolist() == [0, 128, 128]
     pixels = np.asarray(Image.open(tmp_path / 'deeplesion/train/000002_01_01_012.png'))
     assert (pixels == 255).all()  # 3071 is above -1350 to 150
+    assert (
+        run('deeplesion', owners['deeplesion'], tmp_path / 'x', '--partial', '--window', -50, 50)
+        == 0
+    )
+    pixels = np.asarray(Image.open(tmp_path / 'x/deeplesion/train/000003_01_01_020.png'))
+    assert (pixels == 230).all()  # 40 of -50 to 50 is 90 / 100 of 255: 229.5, to the even 230
 
 
 # --------------------------------------------------------------------------------------------------
@@ -659,6 +665,19 @@ def test_images_are_hard_links_symbolic_links_or_copies(tmp_path):
         assert image.read_bytes() == original.read_bytes()
         assert image.is_symlink() is (link == 'symbolic')
         assert image.samefile(original) is (link != 'copy')
+
+
+def test_where_hard_links_do_not_reach_the_way_out_is_named(tmp_path, capsys, monkeypatch):
+    def refuse(source, target):
+        raise OSError(18, 'Invalid cross-device link')
+
+    src = tmp_path / 'owner'
+    make_kitti(src)
+    monkeypatch.setattr(layout.os, 'link', refuse)
+    assert run('kitti', src, tmp_path, '--partial') == 2
+    error = capsys.readouterr().err
+    assert 'Invalid cross-device link' in error and 'give --link symbolic or --link copy' in error
+    assert run('kitti', src, tmp_path, '--partial', '--link', 'symbolic') == 0  # and it goes on
 
 
 def test_without_lists_the_split_is_seeded_and_a_file_overrules_it(tmp_path, capsys):
