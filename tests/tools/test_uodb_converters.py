@@ -82,12 +82,12 @@ def make_voc_folder(root: Path, lists: dict[str, dict[str, list[tuple]]]) -> Non
 
 def make_voc(src: Path) -> list:
     dog, hard = ('dog', 1, 1, 50, 40, 0), ('chair', 11, 6, 20, 15, 1)
-    man = ('person', 3, 4, 7, 9, 0)
+    man, far = ('person', 3, 4, 7, 9, 0), ('person', 31, 6, 40, 15, 1)
     make_voc_folder(
         src / 'VOCdevkit/VOC2007',
         {
             'trainval': {'000005': [dog, hard]},
-            'test': {'000001': [hard, man]},
+            'test': {'000001': [hard, man, far]},
         },
     )
     make_voc_folder(
@@ -332,7 +332,11 @@ def test_voc_counts_pixels_from_1_and_ignores_difficult_objects(made):
         '2008_000002.jpg': [('tvmonitor', [1, 2, 11, 11], 0)],
     }
     assert boxes(out, 'voc', 'test') == {
-        '000001.jpg': [('chair', [10, 5, 10, 10], 1), ('person', [2, 3, 5, 6], 0)]
+        '000001.jpg': [
+            ('chair', [10, 5, 10, 10], 1),
+            ('person', [2, 3, 5, 6], 0),
+            ('person', [30, 5, 10, 10], 1),
+        ]
     }
     assert changed(out, 'voc', 'train') == {"left out: no class 'head'": 1}
     # mmdet would drop an annotation with "ignore", and count a detection of it as wrong.
@@ -543,6 +547,53 @@ def test_the_result_is_what_the_config_reads(made, monkeypatch, mmdet_moe_scope)
     first, _ = alone.load_data_list()
     assert [i['ignore_flag'] for i in first['instances']] == [0, 1, 1, 1, 1, 1]
     assert [i['bbox_label'] for i in first['instances']] == [0, 0, 1, 0, 1, 2]
+
+
+@pytest.mark.parametrize('metric', ['CocoMetric', 'VOCMetric'])
+def test_a_difficult_object_is_neither_missed_nor_a_mistake(
+    made, monkeypatch, mmdet_moe_scope, metric
+):
+    """VOC's test image has a person, and a chair and a person that are difficult."""
+    import torch
+    from mmdet.registry import DATASETS, METRICS
+    from mmengine.structures import InstanceData
+
+    out, _ = made
+    cfg = read_config(out, monkeypatch)
+    classes = cfg.label_space.domains.voc
+    dataset = DATASETS.build(
+        {
+            **cfg.test_domains.voc,
+            'type': 'mmdet.CocoDataset',
+            'metainfo': {'classes': classes},
+            'pipeline': [
+                {'type': 'mmdet.LoadImageFromFile'},
+                {'type': 'mmdet.LoadAnnotations', 'with_bbox': True},
+                {'type': 'mmdet.PackDetInputs', 'meta_keys': ('img_id', 'ori_shape')},
+            ],
+        }
+    )
+    sample = dataset[0]['data_samples']
+
+    def score(found: list[tuple[str, list]]) -> float:
+        sample.pred_instances = InstanceData(
+            bboxes=torch.tensor([box for _, box in found], dtype=torch.float32),
+            labels=torch.tensor([classes.index(name) for name, _ in found]),
+            scores=torch.linspace(0.9, 0.5, len(found)),
+        )
+        more = {'ann_file': str(out / 'voc/test.json')} if metric == 'CocoMetric' else {}
+        judge = METRICS.build({'type': f'mmdet.{metric}', **more})
+        judge.dataset_meta = dataset.metainfo
+        judge.process({}, [sample.to_dict()])
+        values = judge.evaluate(1)
+        return values.get('coco/bbox_mAP_50', values.get('pascal_voc/mAP'))
+
+    # There is no chair to find, so the mean over classes is that of persons.
+    person, difficult = ('person', [2, 3, 7, 9]), ('person', [30, 5, 40, 15])
+    assert score([person]) == pytest.approx(1, abs=1e-3)
+    assert score([difficult, person]) == pytest.approx(1, abs=1e-3)
+    # A person seen where there is none, and more surely, halves the precision.
+    assert score([('person', [30, 20, 40, 35]), person]) == pytest.approx(0.5, abs=1e-2)
 
 
 def test_what_converters_call_a_class_is_one_of_the_config():

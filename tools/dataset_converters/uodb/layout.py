@@ -463,16 +463,13 @@ def write_domain(
                                 }
                             )
                 tick()
+        used = {annotation['category_id'] for annotation in annotations}
         report[split] = {
             'images': len(images),
             'boxes': len(annotations),
             'ignored': sum(annotation['iscrowd'] for annotation in annotations),
             'changed': dict(sorted(changed.items())),
-            'without': [
-                name
-                for name, number in ids.items()
-                if all(annotation['category_id'] != number for annotation in annotations)
-            ],
+            'without': [name for name, number in ids.items() if number not in used],
             'turned': turned,
         }
         content = {
