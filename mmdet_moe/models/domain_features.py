@@ -134,9 +134,9 @@ def last_unrouted_layer(model: nn.Module, moe_names: Sequence[str]) -> str:
     last = None
     for name, child in model.backbone.named_children():
         inner = list(child.named_children()) if isinstance(child, nn.ModuleList) else []
-        for full, module in (
-            [(f'backbone.{name}.{i}', x) for i, x in inner] or [(f'backbone.{name}', child)]
-        ):
+        for full, module in [(f'backbone.{name}.{i}', x) for i, x in inner] or [
+            (f'backbone.{name}', child)
+        ]:
             if any(r == full or r.startswith(f'{full}.') for r in routed):
                 if last is None:
                     raise ValueError(

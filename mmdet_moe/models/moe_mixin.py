@@ -268,7 +268,9 @@ class MoEMixin:
             finally:
                 for module, flag in flags:
                     module.training = flag
-            self.domain_features.mean = found.new_zeros(len(self.label_space.domains), found.shape[1])
+            self.domain_features.mean = found.new_zeros(
+                len(self.label_space.domains), found.shape[1]
+            )
 
     def pooled_features(self, inputs: Tensor, data_samples: Sequence | None = None) -> Tensor:
         """The features that ``domain_features`` tells domains by; what lies behind does not run.
@@ -393,7 +395,9 @@ class MoEMixin:
                 self._add_unrestricted(inputs, results, *args, **kwargs)
             return results
 
-    def _add_unrestricted(self, inputs: Tensor, results: Sequence, *args: Any, **kwargs: Any) -> None:
+    def _add_unrestricted(
+        self, inputs: Tensor, results: Sequence, *args: Any, **kwargs: Any
+    ) -> None:
         """Give each sample its second reading: the head's, or that of a second forward.
 
         A dense head makes both of the same outputs. A DETR head's queries are chosen by classes, so
@@ -517,7 +521,6 @@ class MoEMixin:
         for i, nearest in zip(unknown, found, strict=True):
             if samples[i] is not None:
                 samples[i].set_metainfo({'nearest_domain': names[nearest]})
-
 
     def _means(self) -> Mapping[str, Any] | None:
         """Domain -> prototype among this forward's embeddings."""
