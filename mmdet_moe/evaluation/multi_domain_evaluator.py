@@ -275,7 +275,7 @@ class MultiDomainEvaluator(Evaluator):
                             [(domain, float(value))] if known else []
                         )
         groups: dict[str, Sequence[str]] = {'macro': list(of_domain)}
-        if self.small_domains is not None:
+        if self.small_domains:
             groups['small'] = self.small_domains
             groups['large'] = [name for name in of_domain if name not in self.small_domains]
         for name, known in terms.items():

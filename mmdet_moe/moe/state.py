@@ -78,7 +78,7 @@ class RoutingState:
         self.images: Tensor | None = None
         #: The shares of height and width that each image has of the batch's; None: all of it.
         self.extents: tuple[tuple[float, float], ...] | None = None
-        #: Prototypes of the datasets among the embeddings, and their concentration; None: the plan's.
+        #: Datasets' prototypes among the embeddings, and the concentration; None: the plan's.
         self.prototypes: tuple[Mapping[str, Tensor], float] | None = None
         self._embed: Callable[[], Tensor] | None = None
         self._embeddings: Tensor | None = None

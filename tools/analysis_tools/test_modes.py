@@ -184,7 +184,7 @@ def to_markdown(report: Mapping[str, Any], metrics: Sequence[str]) -> str:
             lines += [*markdown_table(header, rows), '']
     guesses: dict[str, dict] = report['guess']
     if guesses:
-        columns = [c for c in _columns(next(iter(guesses.values()))['accuracy'], ACCURACY)]
+        columns = _columns(next(iter(guesses.values()))['accuracy'], ACCURACY)
         columns = [column for column in columns if column not in GROUPS[1:]]
         header = ['domain guessed right, %', *('mean' if c == 'macro' else c for c in columns)]
         rows = [
