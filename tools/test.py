@@ -41,9 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('config', help='config of the model and its test data')
     parser.add_argument('checkpoint', help='what to test')
-    parser.add_argument(
-        '--both-readings', action='store_true', help='scores on all classes, too'
-    )
+    parser.add_argument('--both-readings', action='store_true', help='scores on all classes, too')
     parser.add_argument('--work-dir', help='folder for the log')
     parser.add_argument('--out-json', metavar='FILE', help='write the metrics there')
     parser.add_argument('--out', metavar='FILE.pkl', help='write the predictions there')

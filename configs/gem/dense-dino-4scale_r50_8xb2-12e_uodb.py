@@ -27,7 +27,7 @@ train_dataloader = dict(
         domains={{_base_.train_domains}},
         pipeline={{_base_.train_pipeline}},
         domain_pipelines={{_base_.train_pipelines}},
-    )
+    ),
 )
 val_dataloader = dict(
     dataset=dict(
@@ -51,7 +51,7 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-# The sampler's stream has no epochs: 90k steps of 16 images, about twelve times the 120k images.
+# The sampler's stream has no epochs. 90k steps of 16 images are about twelve times all of them.
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=90000, val_interval=7500)
 param_scheduler = [
     dict(type='MultiStepLR', by_epoch=False, begin=0, end=90000, milestones=[82500], gamma=0.1)
@@ -61,12 +61,6 @@ default_hooks = dict(
         by_epoch=False, interval=7500, max_keep_ckpts=2, save_best='macro/coco/bbox_mAP'
     )
 )
-custom_hooks = [
-    dict(type='RandomStateHook'),
-    dict(type='UpcycleHook'),
-    dict(type='PlanHook'),
-    dict(type='DomainPrototypeHook'),
-]
 log_processor = dict(by_epoch=False)
 # A class branch or an expert without an image in a rank's batch has no gradient there.
 find_unused_parameters = True
@@ -74,4 +68,5 @@ custom_hooks = [
     dict(type='RandomStateHook', _scope_='mmdet_moe'),
     dict(type='UpcycleHook', _scope_='mmdet_moe'),
     dict(type='PlanHook', _scope_='mmdet_moe'),
+    dict(type='DomainPrototypeHook', _scope_='mmdet_moe'),
 ]

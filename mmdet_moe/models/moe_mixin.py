@@ -467,7 +467,9 @@ class MoEMixin:
         self._features = None
         unplanned = self._planned is not None and not self._planned.issuperset(domains)
         if self._only_features:
+            # Who asks now asks too early, and is told so.
             embed = self._own_features
+            prototypes = (dict.fromkeys(self.label_space.domains, torch.zeros(1)), 1.0)
         elif unknown or unplanned or self._embeds_known:
             if self.guess_by == 'features' and self.domain_features is not None:
                 # Features alone may be asked for before anything was measured.
