@@ -1,5 +1,5 @@
-# DAMEX on UODB, taught by the planner's plan: GEM-DINO with a learned router that needs no domain at
-# test. Loss weight and capacity are the paper's.
+# DAMEX on UODB, taught by the planner's plan: GEM-DINO with a learned router, which needs no domain
+# at test. Loss weight and capacity are the paper's.
 _base_ = './gem-dino-4scale_r50_8xb2-12e_uodb.py'
 model = dict(
     moe=[

@@ -13,5 +13,5 @@ model = dict(
         )
     ],
     # Without the domain at test: what the backbone's features are nearest to.
-    domain_features=dict(),
+    domain_features={},
 )

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from mmengine.hooks import EMAHook, Hook
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import Runner
 
 from mmdet_moe.engine.domain_prototypes import measure_prototypes, prototype_dataset
 from mmdet_moe.registry import HOOKS
@@ -33,21 +33,14 @@ class DomainPrototypeHook(Hook):
         self.options = {'max_images': max_images, 'batch_size': batch_size, 'seed': seed}
 
     def after_train_iter(self, runner: Runner, *args: object, **kwargs: object) -> None:
-        """Measure after the last step of training by steps."""
-        if not isinstance(runner.train_loop, EpochBasedTrainLoop) and self.is_last_train_iter(
-            runner
-        ):
-            self._measure(runner)
-
-    def after_train_epoch(self, runner: Runner) -> None:
-        """Measure after the last epoch of training by epochs."""
-        if self.is_last_train_epoch(runner) and isinstance(runner.train_loop, EpochBasedTrainLoop):
+        """Measure after the last step."""
+        if self.is_last_train_iter(runner):
             self._measure(runner)
 
     def _measure(self, runner: Runner) -> None:
         models = [unwrapped_model(runner)]
         models += [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
-        if models[0].domain_features is None:
+        if getattr(models[0], 'domain_features', None) is None:
             return
         dataset = prototype_dataset(runner.cfg)
         for model in models:
