@@ -223,6 +223,8 @@ def test_the_papers_layout_has_a_row_for_each_model_in_their_order(tool, tmp_pat
     assert rows[4][-2:] == ['10.0', '43.3']
     assert tool.main([f'gem={path}', '--metrics', 'pascal_voc/mAP', '--published']) == 2
     assert '--published goes with --layout papers' in capsys.readouterr().err
+    assert tool.main([*arguments, '--small', 'mars']) == 2
+    assert "no run has a domain 'mars'" in capsys.readouterr().err
 
 
 def test_the_published_average_is_that_of_its_row(tool):

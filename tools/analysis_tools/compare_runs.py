@@ -521,6 +521,12 @@ def _papers(runs: Sequence[Run], args: argparse.Namespace) -> dict:
     small = args.small
     if small is None:
         small = list(dict.fromkeys(x for run in runs for r in run.results for x in r.small))
+    known = {x for run in runs for r in run.results for m in args.metrics for x in r.domains(m)}
+    unknown = [name for name in args.small or () if name not in known]
+    if unknown:
+        raise CompareError(
+            f'--small: no run has a domain {unknown[0]!r}; they have {sorted(known)}'
+        )
     return papers_tables(runs, args.metrics, small, args.published)
 
 
