@@ -325,9 +325,7 @@ def test_the_published_gmoe_scales_the_ffn_by_its_probability():
 # The word in the config
 
 
-@pytest.mark.parametrize(
-    ('blocks', 'layers'), [('[SF]*2', [0, 2]), ('every_two', [0, 2]), ([4], [3]), ('FFSF', [2])]
-)
+@pytest.mark.parametrize(('blocks', 'layers'), [('[SF]*2', [0, 2]), ([4], [3])])
 def test_blocks_name_the_ffns_of_any_vit(blocks, layers):
     spec = dict(blocks=blocks, **spec_of('gmoe'))
     for options in (
@@ -493,7 +491,7 @@ def test_the_small_experiment_is_at_equal_active_multiply_adds():
 
     def of_token(name):
         cfg = Config.fromfile(ROOT / 'dg' / f'{name}.py', format_python_code=False)
-        cfg.model.backbone.stem.init_cfg = None
+        cfg.model.backbone.stem = dict(type='mmdet_moe.EfficientNetLite', out_indices=(0,))
         model = MODELS.build(cfg.model)
         ffn = model.get_submodule('backbone.layers.2.ffn')
         one = ffn if name.count('dense') else ffn.experts[0]
