@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -484,6 +485,19 @@ def test_a_config_trains(name):
     expected = {'sf-moe': {'switch'}, 'gmoe': {'importance', 'load'}}
     family = next((family for family in expected if family in name), None)
     assert losses == {f'loss_moe_{key}' for key in expected.get(family, ())}
+
+
+def test_the_example_of_the_page_builds():
+    page = (ROOT.parent / 'docs/domain_generalization.md').read_text()
+    example = next(x for x in re.findall(r'```python\n(.*?)```', page, re.DOTALL) if 'blocks' in x)
+    namespace = {}
+    exec(compile(example, 'docs/domain_generalization.md', 'exec'), namespace)
+    cfg = namespace['model']
+    cfg['backbone']['arch'] = dict(
+        embed_dims=D, num_layers=12, num_heads=HEADS, feedforward_channels=24
+    )
+    model = MODELS.build(ConfigDict(cfg))
+    assert model.moe_names == ['backbone.layers.8.ffn', 'backbone.layers.10.ffn']
 
 
 def test_the_small_experiment_is_at_equal_active_multiply_adds():
