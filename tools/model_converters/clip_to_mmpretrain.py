@@ -4,9 +4,9 @@
 
 SRC: OpenCLIP's, OpenAI's or timm's weights, as ``.safetensors`` or a file of tensors that
 ``torch.load(weights_only=True)`` reads (a state dict, or one under ``state_dict``). DST: a
-checkpoint for ``init_cfg=dict(type='Pretrained', checkpoint=DST, prefix='backbone.')`` of a backbone
-with ``pre_norm=True``, as in configs/_base_/models/vit-base_clip_dg.py. ``--neck`` keeps CLIP's
-projection, as the weights of a ``LinearNeck``.
+checkpoint for ``init_cfg=dict(type='Pretrained', checkpoint=DST, prefix='backbone.')`` of a
+backbone as in configs/_base_/models/vit-base_clip_dg.py (``pre_norm=True``, norms' eps 1e-5).
+``--neck`` keeps CLIP's projection, as the weights of a ``LinearNeck``.
 
 Exit 2 and one line if there are keys it does not know, or some are missing.
 """
