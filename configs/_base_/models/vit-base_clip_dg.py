@@ -16,6 +16,7 @@ model = dict(
         img_size=224,
         patch_size=16,
         pre_norm=True,
+        norm_cfg=dict(type='LN', eps=1e-5),  # 1e-6 is mmpretrain's default
         init_cfg=dict(
             type='Pretrained',
             checkpoint='{{$CLIP_VIT_B16:work_dirs/clip/vit-b16_laion2b.pth}}',

@@ -3,9 +3,9 @@ from __future__ import annotations
 from typing import Any
 
 from mmengine.hooks import EMAHook, Hook
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import Runner
 
-from mmdet_moe.models.checkpoint import checkpoint_classes, checkpoint_weights, fit_checkpoint
+from mmdet_moe.models.adapter_files import load_base
 from mmdet_moe.moe import adapter_checkpoint, adapter_layers, complete_adapter_checkpoint
 from mmdet_moe.registry import HOOKS
 
@@ -32,8 +32,7 @@ class AdapterCheckpointHook(Hook):
         >>> custom_hooks = [dict(type='AdapterCheckpointHook', base='work_dirs/clip/vit-b16.pth')]
     """
 
-    # Before what reads the loaded checkpoint (UpcycleHook, VERY_HIGH, comes earlier in a list or
-    # finds nothing to do).
+    # Before whoever keeps or reads the weights.
     priority = 'VERY_HIGH'
 
     def __init__(self, base: str | None = None) -> None:
@@ -58,9 +57,5 @@ class AdapterCheckpointHook(Hook):
             return
         model: Any = unwrapped_model(runner)
         if self.base is not None:
-            loaded = CheckpointLoader.load_checkpoint(self.base, map_location='cpu')
-            weights, _ = fit_checkpoint(
-                model, checkpoint_weights(loaded), checkpoint_classes(loaded)
-            )
-            model.load_state_dict(weights, strict=False)
+            load_base(model, self.base)
         checkpoint['state_dict'] = complete_adapter_checkpoint(model, checkpoint)
