@@ -35,7 +35,7 @@ dataset = dict(
     fractions=dict(train=0.6, val=0.2, test=0.2),
 )
 train_dataloader = dict(
-    batch_size=16,  # of every source style
+    batch_size=8,  # of every source style
     num_workers=0,
     persistent_workers=False,
     sampler=dict(type='InfiniteSampler', shuffle=True),
