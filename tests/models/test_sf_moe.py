@@ -308,6 +308,26 @@ def test_step_0_of_sf_moe_is_the_dense_network_where_no_choice_is_dropped():
     assert counts.sum() == 3 * 17 * 2
 
 
+def test_the_pretrained_ffn_is_in_every_expert(tmp_path):
+    """By the backbone's init_cfg, as in configs/_base_/models/deit-small_dg.py."""
+    dense = stirred(build())
+    torch.save(dict(state_dict=dense.state_dict()), tmp_path / 'dense.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'dense.pth'), prefix='backbone.')
+    model = build(
+        [dict(blocks='SFFS', **spec_of('gmoe'))], backbone=dict(init_cfg=init_cfg), seed=1
+    )
+    for i in range(DEPTH):
+        ffn = dense.backbone.layers[i].ffn.state_dict()
+        mine = model.backbone.layers[i].ffn
+        for copied in mine.experts if i in (0, 3) else [mine]:
+            assert all(torch.equal(value, ffn[key]) for key, value in copied.state_dict().items())
+    images, _ = batch(torch.float32)
+    model.eval(), dense.eval()
+    with torch.no_grad():
+        got, expected = (m.extract_feat(images)[0] for m in (model, dense))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_published_gmoe_scales_the_ffn_by_its_probability():
     model = build([dict(blocks=[1], **spec_of('gmoe_published'))]).double().eval()
     layer = model.get_submodule('backbone.layers.0.ffn')
