@@ -396,12 +396,21 @@ def gradient_of(x: Tensor) -> Tensor:
 
 
 def measure(
-    built: dict[str, Method], x: Tensor, rounds: int, budget: float, clock: Any, tick: Any
+    built: dict[str, Method],
+    x: Tensor,
+    rounds: int,
+    budget: float,
+    clock: Any,
+    tick: Any,
+    grad: Tensor | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each method's steps, in turns; fewer rounds where the budget of time is spent."""
+    """Seconds of each method's steps, in turns; fewer rounds where the budget of time is spent.
+
+    ``grad`` is given back to the output, by default one of the shape of ``x``.
+    """
     start = time.perf_counter()
     x = x.requires_grad_()
-    grad = gradient_of(x)
+    grad = gradient_of(x) if grad is None else grad
     for method in built.values():
         method.step(x, grad)  # warm up
     times: dict[str, list[float]] = {name: [] for name in built}

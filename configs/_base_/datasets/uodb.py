@@ -1,9 +1,9 @@
 # The Universal Object Detection Benchmark (Wang et al. 2019): 11 datasets. Its own download is
-# dead: take every dataset from its owner, convert it to COCO json and lay it out as
+# dead: take every dataset from its owner and convert it (docs/uodb.md). What comes out:
 #   $UODB/<domain>/{train,test}.json and the images in $UODB/<domain>/{train,test}/
 # Splits: KITTI, WiderFace and DOTA train/val; VOC 07+12 trainval / 07 test; LISA (superclasses),
-# Kitchen (GMU), Comic, Clipart and Watercolor train/test; COCO 2014 train + valminusminival /
-# minival; DeepLesion trainval/test.
+# Kitchen (GMU), Comic, Clipart and Watercolor train/test; COCO 2014 valminusminival / minival;
+# DeepLesion trainval/test.
 #
 # Variables only: configs that use them replace the dataloaders of the mmdet config they inherit.
 uodb_root = '{{$UODB:data/uodb/}}'
@@ -42,8 +42,8 @@ label_space = dict(
             'honey_bunches_of_oats_honey_roasted',
             'hunts_sauce',
             'mahatma_rice',
+            'nature_valley_soft_baked_oatmeal_squares_cinnamon_brown_sugar',
             'nature_valley_sweet_and_salty_nut_almond',
-            'nature_valley_sweet_and_salty_nut_roasted_mix_nut',
             'palmolive_orange',
             'pop_secret_light_butter',
             'pringles_bbq',
@@ -163,6 +163,67 @@ label_space = dict(
         tvmonitor='tv',
     ),
 )
+# How large a domain's images are: the shorter side that the benchmark's authors used (and at most
+# the longer, px).
+sizes = dict(
+    kitti=(576, 2000),
+    voc=(600, 1333),
+    widerface=(800, 1333),
+    lisa=(800, 1333),
+    kitchen=(800, 1333),
+    coco=(800, 1333),
+    dota=(600, 1333),
+    deeplesion=(512, 1333),
+    comic=(600, 1333),
+    clipart=(600, 1333),
+    watercolor=(600, 1333),
+)
+# DINO's augmentation, in these sizes: 60 to 100 % of the shorter side, half of the time of a crop.
+_scales = {
+    name: [(round(short * (0.6 + 0.04 * step)), long) for step in range(11)]
+    for name, (short, long) in sizes.items()
+}
+train_pipelines = {
+    name: [
+        dict(type='LoadImageFromFile'),
+        dict(type='LoadAnnotations', with_bbox=True),
+        dict(type='RandomFlip', prob=0.5),
+        dict(
+            type='RandomChoice',
+            transforms=[
+                [dict(type='RandomChoiceResize', scales=_scales[name], keep_ratio=True)],
+                [
+                    dict(
+                        type='RandomChoiceResize',
+                        scales=[(round(short * part), 4200) for part in (0.5, 0.625, 0.75)],
+                        keep_ratio=True,
+                    ),
+                    dict(
+                        type='RandomCrop',
+                        crop_type='absolute_range',
+                        crop_size=(round(short * 0.48), round(short * 0.75)),
+                        allow_negative_crop=True,
+                    ),
+                    dict(type='RandomChoiceResize', scales=_scales[name], keep_ratio=True),
+                ],
+            ],
+        ),
+        dict(type='PackDetInputs'),
+    ]
+    for name, (short, long) in sizes.items()
+}
+test_pipelines = {
+    name: [
+        dict(type='LoadImageFromFile'),
+        dict(type='Resize', scale=(long, short), keep_ratio=True),
+        dict(type='LoadAnnotations', with_bbox=True),
+        dict(
+            type='PackDetInputs',
+            meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+        ),
+    ]
+    for name, (short, long) in sizes.items()
+}
 train_domains = {
     name: dict(
         type='CocoDataset',
@@ -183,8 +244,17 @@ test_domains = {
     )
     for name in label_space['domains']
 }
+# By root of the number of images; batches are mixed. Weights of your own: dict(kitti=1.0, ...).
+train_sampler = dict(type='MultiDomainSampler', weights='sqrt')
+# COCO's AP and AP50, and the AP50 of VOC 2007 (11 points), which the benchmark reports of all sets:
+# pascal_voc/mAP.
 metrics = {
-    name: [dict(type='CocoMetric', ann_file=f'{uodb_root}{name}/test.json', metric='bbox')]
+    name: [
+        dict(type='CocoMetric', ann_file=f'{uodb_root}{name}/test.json', metric='bbox'),
+        dict(type='VOCMetric', iou_thrs=0.5, metric='mAP', eval_mode='11points'),
+    ]
     for name in label_space['domains']
 }
-del voc, art
+# At most 1000 training images each; the others have thousands.
+small_domains = ['comic', 'clipart', 'watercolor']
+del voc, art, _scales

@@ -1,0 +1,47 @@
+"""Merge single adapters into the linear layers they stand beside.
+
+    python tools/model_converters/merge_adapters.py CONFIG CHECKPOINT OUT [--base PRETRAINED]
+
+OUT is a checkpoint of the stock mmpretrain model: the same network without adapters, which computes
+the same. A mixture, whose router sends each token elsewhere, is no one matrix and cannot be merged.
+
+CHECKPOINT: whole, or of adapters alone; then the pretrained model comes from ``--base``, or from
+the config's ``init_cfg``. Exit 2 and one line if it is not that config's, or cannot be done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to run from a clone, uninstalled
+
+# Before any config is read: with it, `_base_ = 'mmdet_moe::...'` means the shipped configs.
+import mmdet_moe
+import mmdet_moe.models  # noqa: F401 - registers the models
+from mmdet_moe.models.adapter_files import model_with_adapters, save_tensors
+from mmdet_moe.moe import merged_state_dict
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('config')
+    parser.add_argument('checkpoint')
+    parser.add_argument('out', help='the checkpoint to write')
+    parser.add_argument('--base', help='checkpoint of the pretrained model')
+    args = parser.parse_args()
+    try:
+        model = model_with_adapters(args.config, args.checkpoint, args.base)
+        found = {'state_dict': merged_state_dict(model)}
+    except (OSError, ValueError) as error:
+        print(f'merge_adapters: {error}', file=sys.stderr)
+        return 2
+    save_tensors(args.out, found)
+    size = Path(args.out).stat().st_size / 1e6
+    print(f'{args.out}: {len(found["state_dict"])} tensors, {size:.1f} MB')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
