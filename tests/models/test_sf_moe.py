@@ -28,7 +28,8 @@ from mmdet_moe.registry import MODELS
 
 ROOT = Path(__file__).parents[2] / 'configs'
 VIT_MOE = Config.fromfile(ROOT / '_base_/vit_moe.py')
-NAMES = sorted(path.stem for path in (ROOT / 'dg').glob('*vit*.py'))
+FAMILIES = ('vit-s16_*', 'vit-r26-s32_*', 'vit_effnet-lite0_*moe-e6*', 'vit_effnet-lite0_dense_*')
+NAMES = sorted(path.stem for family in FAMILIES for path in (ROOT / 'dg').glob(f'{family}.py'))
 E, D, HEADS, DEPTH, CLASSES = 3, 16, 2, 4, 5
 SIDE = 32  # of the images of the shipped configs, here
 
