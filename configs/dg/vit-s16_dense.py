@@ -1,8 +1,7 @@
 # ERM with DeiT-S/16; the dense network of all vit-s16 files here.
 _base_ = [
     '../_base_/models/deit-small_dg.py',
-    '../_base_/datasets/emoji.py',
-    '../_base_/schedules/emoji.py',
-    '../_base_/classification_runtime.py',
+    '../_base_/datasets/dg.py',
+    '../_base_/schedules/dg.py',
 ]
-model = dict(head=dict(num_classes=6))
+model = dict(head=dict(num_classes={{_base_.num_classes}}))

@@ -28,7 +28,8 @@ from mmdet_moe.registry import MODELS
 
 ROOT = Path(__file__).parents[2] / 'configs'
 VIT_MOE = Config.fromfile(ROOT / '_base_/vit_moe.py')
-NAMES = sorted(path.stem for path in (ROOT / 'dg').glob('*vit*.py'))
+FAMILIES = ('vit-s16_*', 'vit-r26-s32_*', 'vit_effnet-lite0_*moe-e6*', 'vit_effnet-lite0_dense_*')
+NAMES = sorted(path.stem for family in FAMILIES for path in (ROOT / 'dg').glob(f'{family}.py'))
 E, D, HEADS, DEPTH, CLASSES = 3, 16, 2, 4, 5
 SIDE = 32  # of the images of the shipped configs, here
 
@@ -306,6 +307,26 @@ def test_step_0_of_sf_moe_is_the_dense_network_where_no_choice_is_dropped():
     torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7)
     counts = moe.routing_state.stats()['backbone.layers.0.ffn/count']
     assert counts.sum() == 3 * 17 * 2
+
+
+def test_the_pretrained_ffn_is_in_every_expert(tmp_path):
+    """By the backbone's init_cfg, as in configs/_base_/models/deit-small_dg.py."""
+    dense = stirred(build())
+    torch.save(dict(state_dict=dense.state_dict()), tmp_path / 'dense.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'dense.pth'), prefix='backbone.')
+    model = build(
+        [dict(blocks='SFFS', **spec_of('gmoe'))], backbone=dict(init_cfg=init_cfg), seed=1
+    )
+    for i in range(DEPTH):
+        ffn = dense.backbone.layers[i].ffn.state_dict()
+        mine = model.backbone.layers[i].ffn
+        for copied in mine.experts if i in (0, 3) else [mine]:
+            assert all(torch.equal(value, ffn[key]) for key, value in copied.state_dict().items())
+    images, _ = batch(torch.float32)
+    model.eval(), dense.eval()
+    with torch.no_grad():
+        got, expected = (m.extract_feat(images)[0] for m in (model, dense))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_published_gmoe_scales_the_ffn_by_its_probability():

@@ -16,7 +16,6 @@ model = dict(
     ),
     head=dict(
         type='VisionTransformerClsHead',
-        num_classes=7,
         in_channels=384,
         loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
     ),
