@@ -1,9 +1,9 @@
 # The Universal Object Detection Benchmark (Wang et al. 2019): 11 datasets. Its own download is
-# dead: take every dataset from its owner, convert it to COCO json and lay it out as
+# dead: take every dataset from its owner and convert it (docs/uodb.md). What comes out:
 #   $UODB/<domain>/{train,test}.json and the images in $UODB/<domain>/{train,test}/
 # Splits: KITTI, WiderFace and DOTA train/val; VOC 07+12 trainval / 07 test; LISA (superclasses),
-# Kitchen (GMU), Comic, Clipart and Watercolor train/test; COCO 2014 train + valminusminival /
-# minival; DeepLesion trainval/test.
+# Kitchen (GMU), Comic, Clipart and Watercolor train/test; COCO 2014 valminusminival / minival;
+# DeepLesion trainval/test.
 #
 # Variables only: configs that use them replace the dataloaders of the mmdet config they inherit.
 uodb_root = '{{$UODB:data/uodb/}}'
@@ -42,8 +42,8 @@ label_space = dict(
             'honey_bunches_of_oats_honey_roasted',
             'hunts_sauce',
             'mahatma_rice',
+            'nature_valley_soft_baked_oatmeal_squares_cinnamon_brown_sugar',
             'nature_valley_sweet_and_salty_nut_almond',
-            'nature_valley_sweet_and_salty_nut_roasted_mix_nut',
             'palmolive_orange',
             'pop_secret_light_butter',
             'pringles_bbq',
