@@ -1,11 +1,15 @@
-"""Test a detector per domain. The arguments are those of mmdet's ``tools/test.py``, and one more:
+"""Test a detector per domain. The arguments are those of mmdet's ``tools/test.py``, and two more:
 
     python tools/test.py CONFIG CHECKPOINT [--out-json metrics.json] [--out predictions.pkl]
 
 ``--out-json`` writes what ``tools/analysis_tools/compare_runs.py`` reads::
 
     {"config": "...", "checkpoint": "...", "seed": 0, "iter": 1000,
+     "small": ["cheetah"],
      "metrics": {"bccd/coco/bbox_mAP": 0.54, ..., "macro/coco/bbox_mAP": 0.29}}
+
+``--both-readings`` adds ``bccd/unrestricted/coco/bbox_mAP`` and so on: where the classes of all
+domains compete.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('config', help='config of the model and its test data')
     parser.add_argument('checkpoint', help='what to test')
+    parser.add_argument('--both-readings', action='store_true', help='scores on all classes, too')
     parser.add_argument('--work-dir', help='folder for the log')
     parser.add_argument('--out-json', metavar='FILE', help='write the metrics there')
     parser.add_argument('--out', metavar='FILE.pkl', help='write the predictions there')
@@ -74,6 +79,10 @@ def read_config(args: argparse.Namespace) -> Config:
         hook.update(draw=True, show=args.show, wait_time=args.wait_time)
         if args.show_dir:
             hook.test_out_dir = args.show_dir
+    if args.both_readings:
+        if args.tta:
+            raise ValueError('--both-readings: augmented tests merge one reading only')
+        cfg.model.both_readings = True
     if args.tta:
         use_tta(cfg)
     return cfg
@@ -89,13 +98,24 @@ def use_tta(cfg: Config) -> None:
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
-    if 'tta_pipeline' not in cfg:
-        *loading, packing = copy.deepcopy(dataset.pipeline)
-        packing.meta_keys = (*packing.get('meta_keys', ()), 'flip', 'flip_direction')
-        flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
-        cfg.tta_pipeline = [*loading, dict(type='TestTimeAug', transforms=[flips, [packing]])]
+    pipelines = dataset.get('domain_pipelines') or {}
+    if 'tta_pipeline' in cfg:
+        pipelines = dict.fromkeys(pipelines, cfg.tta_pipeline)
+    else:
+        cfg.tta_pipeline = with_flips(dataset.pipeline)
+        pipelines = {name: with_flips(pipeline) for name, pipeline in pipelines.items()}
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     dataset.pipeline = cfg.tta_pipeline
+    if pipelines:
+        dataset.domain_pipelines = pipelines
+
+
+def with_flips(pipeline: list) -> list:
+    """A test pipeline that ends in both an image and its mirror image."""
+    *loading, packing = copy.deepcopy(pipeline)
+    packing.meta_keys = (*packing.get('meta_keys', ()), 'flip', 'flip_direction')
+    flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
+    return [*loading, dict(type='TestTimeAug', transforms=[flips, [packing]])]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
             'checkpoint': os.path.abspath(args.checkpoint),
             'seed': meta.get('seed'),
             'iter': meta.get('iter'),
+            'small': list(getattr(runner.test_evaluator, 'small_domains', None) or ()),
             'metrics': clean,
         }
         write_atomically(args.out_json, json.dumps(report, indent=2) + '\n')

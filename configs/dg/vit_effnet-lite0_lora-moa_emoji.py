@@ -1,5 +1,5 @@
-# LoRA-MoA: four LoRA adapters of ranks 1, 2, 4, 8 beside the qkv layers of blocks 1, 3, 5 of a frozen
-# network that was trained on the same styles (load_from).
-_base_ = ['./vit_effnet-lite0_full_emoji.py', '../_base_/moa.py']
+# Four LoRA adapters of ranks 1, 2, 4, 8 at blocks 1, 3, 5, one per token.
+_base_ = ['./vit_effnet-lite0_full_emoji.py', '../_base_/moa_emoji.py']
+load_from = _base_.pretrained
 model = dict(moe=[_base_.lora_moa], freeze_others=_base_.head_only)
-optim_wrapper = dict(optimizer=dict(lr=3e-3))
+optim_wrapper = dict(optimizer=dict(lr=_base_.adapter_lr))

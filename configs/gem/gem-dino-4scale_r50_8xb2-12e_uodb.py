@@ -12,6 +12,6 @@ model = dict(
             router=dict(type='PlanRouter', unknown='nearest'),
         )
     ],
+    # Without the domain at test: what the backbone's features are nearest to.
+    domain_features={},
 )
-# An expert whose datasets are not in a rank's batch has no gradient there.
-find_unused_parameters = True

@@ -2,10 +2,18 @@
 
 from mmdet_moe.engine.hooks import (
     DenseWarmupHook,
+    DomainPrototypeHook,
     ExpertRecordHook,
     PlanHook,
     RandomStateHook,
     UpcycleHook,
 )
 
-__all__ = ['DenseWarmupHook', 'ExpertRecordHook', 'PlanHook', 'RandomStateHook', 'UpcycleHook']
+__all__ = [
+    'DenseWarmupHook',
+    'DomainPrototypeHook',
+    'ExpertRecordHook',
+    'PlanHook',
+    'RandomStateHook',
+    'UpcycleHook',
+]

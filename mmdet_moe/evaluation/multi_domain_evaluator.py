@@ -33,6 +33,16 @@ class MultiDomainEvaluator(Evaluator):
     for every numeric metric key ``'macro/<metric key>'``, its mean over the domains that report it,
     leaving out those without images or without ground truth (COCO's -1, nan), but not those
     without detections, which count as zero. So ``save_best='macro/coco/bbox_mAP'`` works.
+    ``'small/<metric key>'`` and ``'large/<metric key>'`` are the means over the small domains and
+    over the others: what a macro average of both would hide is that the large ones pay.
+
+    Samples of a model with ``both_readings`` have a second prediction, where all classes competed:
+    its keys are ``'<domain>/unrestricted/<metric key>'`` (and macro, small, large). A box of a
+    class that the domain does not have is in nobody's ground truth; what it costs is the places
+    and the suppressed boxes it took from others.
+
+    Where the model guessed the domain (``nearest_domain`` in the metainfo),
+    ``'<domain>/guess/accuracy'`` is the share of the domain's images guessed right.
 
     Processes each evaluate their share; results are gathered as mmengine does (``collect_device``),
     and images that a sampler repeated to fill up the last batch count once.
@@ -41,11 +51,16 @@ class MultiDomainEvaluator(Evaluator):
         label_space: The label space or its config.
         metrics: Domain name -> config(s) of its metrics. With ``CocoMetric``, give each domain's
             ``ann_file``.
+        train_images: Domain name -> number of its training images, by which it is small or large.
+        small: The small domains: their names, or a number of training images that they have less
+            than (which needs ``train_images``). By default, given ``train_images``, the smaller
+            half; with an odd number the middle one is large. Without both there are no such means.
         collect_device: Where results of several processes meet, ``'cpu'`` (files) or ``'gpu'``.
         collect_dir: The directory for them, with ``'cpu'``.
 
     Attributes:
         domain_metrics: Domain name -> its metrics.
+        small_domains: The small domains, or None.
         metrics: Further metrics that see every sample as it is, in unified labels. Empty at first;
             mmdet's ``tools/test.py --out`` appends one that dumps the predictions.
 
@@ -58,6 +73,8 @@ class MultiDomainEvaluator(Evaluator):
         self,
         label_space: LabelSpace | Mapping[str, Any],
         metrics: Mapping[str, Any],
+        train_images: Mapping[str, int] | None = None,
+        small: Sequence[str] | int | None = None,
         collect_device: str = 'cpu',
         collect_dir: str | None = None,
     ) -> None:
@@ -68,6 +85,7 @@ class MultiDomainEvaluator(Evaluator):
                 'metrics must map each domain to its metrics, dict(domain=[dict(type=...)]); the '
                 f'domains are {list(self.label_space.domains)}'
             )
+        self.small_domains = small_domains(list(metrics), train_images, small)
         self.collect_device = collect_device
         self.collect_dir = collect_dir
         self.domain_metrics: dict[str, list[BaseMetric]] = {}
@@ -177,15 +195,19 @@ class MultiDomainEvaluator(Evaluator):
                     f'image {sample.get("img_path", sample.get("img_id"))!r} has domain '
                     f'{domain!r}; there are metrics for {list(self.domain_metrics)}'
                 )
-            results = []
-            for metric, table in zip(
-                self.domain_metrics[domain], self._tables[domain], strict=True
-            ):
-                metric.results.clear()
-                metric.process(data_batch, [_to_local(sample, table)])
-                results.append(list(metric.results))
-                metric.results.clear()
-            self._results.append((self._key(sample, domain), _num_objects(sample), results))
+            results = {}
+            for reading, read in _readings(sample).items():
+                results[reading] = []
+                for metric, table in zip(
+                    self.domain_metrics[domain], self._tables[domain], strict=True
+                ):
+                    metric.results.clear()
+                    metric.process(data_batch, [_to_local(read, table)])
+                    results[reading].append(list(metric.results))
+                    metric.results.clear()
+            guess = sample.get('nearest_domain')
+            right = None if guess is None else guess == domain
+            self._results.append((self._key(sample, domain), _num_objects(sample), results, right))
 
     def _key(self, sample: Mapping[str, Any], domain: str) -> tuple[str, Any]:
         """What tells an image from every other and makes a repeated one recognisable."""
@@ -231,30 +253,94 @@ class MultiDomainEvaluator(Evaluator):
         for key in sorted(results, key=_order):
             of_domain[key[0]].append(results[key])
         values: dict[str, Any] = {}
-        terms: dict[str, list[float]] = {}  # of the averages
+        terms: dict[str, list[tuple[str, float]]] = {}  # of the averages
         for domain, items in of_domain.items():
             if not items:
                 continue
-            print_log(f'Evaluating domain {domain} ({len(items)} images)', logger='current')
-            empty = all(count == 0 for count, _ in items)
-            for place, metric in enumerate(self.domain_metrics[domain]):
-                gathered = [result for _, item in items for result in _cpu(item[place])]
-                if isinstance(metric, CocoMetric):
-                    gathered = _with_a_box(gathered)
-                for name, value in metric.compute_metrics(gathered).items():
-                    name = f'{metric.prefix}/{name}' if metric.prefix else name
-                    if f'{domain}/{name}' in values:
-                        raise ValueError(
-                            f'two metrics of domain {domain!r} report {name!r}; give one of them '
-                            'another prefix'
-                        )
-                    values[f'{domain}/{name}'] = value
+            empty = all(count == 0 for count, *_ in items)
+            guesses = [right for *_, right in items if right is not None]
+            if guesses:
+                accuracy = sum(guesses) / len(guesses)
+                values[f'{domain}/guess/accuracy'] = accuracy
+                terms.setdefault('guess/accuracy', []).append((domain, accuracy))
+            for reading in items[0][1]:
+                what = f'Evaluating domain {domain} ({len(items)} images) {reading}'.rstrip(' /')
+                print_log(what, logger='current')
+                found = self._compute_domain(domain, [item[1][reading] for item in items])
+                for name, value in found.items():
+                    values[f'{domain}/{reading}{name}'] = value
                     if isinstance(value, numbers.Number) and not isinstance(value, bool):
                         known = not empty and math.isfinite(value) and value != -1
-                        terms.setdefault(name, []).extend([float(value)] if known else [])
+                        terms.setdefault(f'{reading}{name}', []).extend(
+                            [(domain, float(value))] if known else []
+                        )
+        groups: dict[str, Sequence[str]] = {'macro': list(of_domain)}
+        if self.small_domains:
+            groups['small'] = self.small_domains
+            groups['large'] = [name for name in of_domain if name not in self.small_domains]
         for name, known in terms.items():
-            values[f'macro/{name}'] = sum(known) / len(known) if known else math.nan
+            for group, members in groups.items():
+                inside = [value for domain, value in known if domain in members]
+                values[f'{group}/{name}'] = sum(inside) / len(inside) if inside else math.nan
         return values
+
+    def _compute_domain(self, domain: str, results: Sequence[list]) -> dict[str, Any]:
+        """What the metrics of a domain make of one reading of its images."""
+        values: dict[str, Any] = {}
+        for place, metric in enumerate(self.domain_metrics[domain]):
+            gathered = [result for item in results for result in _cpu(item[place])]
+            if isinstance(metric, CocoMetric):
+                gathered = _with_a_box(gathered)
+            for name, value in metric.compute_metrics(gathered).items():
+                name = f'{metric.prefix}/{name}' if metric.prefix else name
+                if name in values:
+                    raise ValueError(
+                        f'two metrics of domain {domain!r} report {name!r}; give one of them '
+                        'another prefix'
+                    )
+                values[name] = value
+        return values
+
+
+def small_domains(
+    domains: Sequence[str],
+    train_images: Mapping[str, int] | None = None,
+    small: Sequence[str] | int | None = None,
+) -> tuple[str, ...] | None:
+    """Which of ``domains`` are small; None where nobody says.
+
+    Args:
+        domains: The evaluated domains.
+        train_images: Number of training images by domain (more domains do no harm).
+        small: Names, or the number of training images that small domains have less than.
+
+    Raises:
+        ValueError: A threshold without ``train_images``, or a domain without a number.
+    """
+    if small is not None and not isinstance(small, int):
+        return tuple(name for name in domains if name in set(small))
+    if train_images is None:
+        if small is None:
+            return None
+        raise ValueError(f'small={small} is a number of training images: give train_images, too')
+    missing = [name for name in domains if name not in train_images]
+    if missing:
+        raise ValueError(f'train_images has no number for {missing}')
+    if small is None:
+        order = sorted(domains, key=lambda name: (train_images[name], name))
+        chosen = set(order[: len(order) // 2])
+    else:
+        chosen = {name for name in domains if train_images[name] < small}
+    return tuple(name for name in domains if name in chosen)
+
+
+def _readings(sample: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Prefix of the keys -> the sample with the predictions of that reading."""
+    readings = {'': sample}
+    if 'pred_instances_unrestricted' in sample:
+        other = {**sample, 'pred_instances': sample['pred_instances_unrestricted']}
+        readings['unrestricted/'] = other
+    return readings
 
 
 def _order(key: tuple) -> tuple:

@@ -6,12 +6,14 @@ from .backbones import *  # noqa: F403
 from .dense_heads import MoERetinaHead, MultiDomainDINOHead, MultiDomainRetinaHead
 from .detectors import MoEDINO, MoERetinaNet
 from .domain_classes import DomainClasses, MultiDomainHeadMixin, domain_loss_weights
+from .domain_features import DomainFeatures
 from .embedder import FrozenEmbedder
 from .layers import MultiDomainCdnQueryGenerator
 from .moe_mixin import MoEMixin
 
 __all__ = [
     'DomainClasses',
+    'DomainFeatures',
     'FrozenEmbedder',
     'MoEDINO',
     'MoEMixin',

@@ -17,7 +17,8 @@ Conventions: B images, C unified classes, A anchors per location.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -111,6 +112,9 @@ class MultiDomainHeadMixin:
         self.label_space = label_space
         self.restrict_classes = restrict_classes
         self.loss_norm = loss_norm
+        #: Whether to keep what is predicted where all classes compete, for take_unrestricted.
+        self.keep_unrestricted = False
+        self._unrestricted: list[Any] | None = None
         self.domain_classes = None
         if label_space is not None:
             background = self.cls_out_channels == num_classes + 1
@@ -187,6 +191,23 @@ class MultiDomainHeadMixin:
             return None
         domain = img_meta.get('domain') or img_meta.get('nearest_domain')
         return None if domain is None else self.label_space.check_domain(domain)
+
+    @contextmanager
+    def unrestricted(self) -> Iterator[None]:
+        """For a time, score all images on all classes."""
+        before, self.restrict_classes = self.restrict_classes, False
+        try:
+            yield
+        finally:
+            self.restrict_classes = before
+
+    def take_unrestricted(self) -> list[Any] | None:
+        """The last predictions where all classes compete, once, if the head kept them.
+
+        Only a head whose outputs do not depend on the restriction can: a dense one.
+        """
+        kept, self._unrestricted = self._unrestricted, None
+        return kept
 
     def local_view(self, domain: str) -> Any:
         """This head as one that has the domain's classes only, sharing everything but their number.

@@ -13,6 +13,7 @@ The base class is entered as ever and knows nothing of it.
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -43,9 +44,13 @@ from mmdet_moe.structures import LabelSpace
 
 from . import targets as _targets  # noqa: F401 - teaches the moe package mmcv's and mmdet's modules
 from .domain_classes import MultiDomainHeadMixin
+from .domain_features import DomainFeatures, last_unrouted_layer, pool_features
 
 #: Where mmdet's and mmpretrain's models keep their heads.
 HEADS = ('bbox_head', 'roi_head', 'head')
+#: How a test treats the domains of images, and what guesses them.
+DOMAIN_MODES = ('given', 'nearest', 'mixture')
+GUESSES = ('embedder', 'features')
 
 
 class MoEMixin:
@@ -74,6 +79,12 @@ class MoEMixin:
             stay in evaluation mode, also after ``train()``. Optimisers skip parameters without a
             gradient, so they need no option for it. ``dict(train=[r'head\..*'])`` lets the
             parameters train, too, whose whole names match one of the regular expressions.
+        domain_features: Guess unknown domains by pooled features of the detector's own instead of
+            the embedder: ``dict(layer=name)``, or ``{}`` for the backbone or its last stage before
+            the first MoE layer. See :class:`~mmdet_moe.models.domain_features.DomainFeatures`;
+            ``dimension`` says the layer's channels where a 64 x 64 image does not run through.
+        both_readings: At test, give each data sample ``pred_instances_unrestricted`` too: what the
+            model predicts where all classes compete.
         **kwargs: As the base model.
 
     Raises:
@@ -93,6 +104,8 @@ class MoEMixin:
         domain: str | None = None,
         log_routing: bool = True,
         freeze_others: bool | Mapping[str, Sequence[str]] = False,
+        domain_features: Mapping | None = None,
+        both_readings: bool = False,
         **kwargs: Any,
     ) -> None:
         if label_space is not None:
@@ -130,6 +143,17 @@ class MoEMixin:
         if embedder is None and self._prototypes is not None:
             embedder = self._prototypes.get('embedder')
         self._embedder = None if embedder is None else Detached(dict(embedder))
+        self.domain_mode = 'given'
+        self._unknown = [router.unknown for router in self.plan_routers()]
+        self.both_readings = both_readings
+        self._features: Tensor | None = None
+        #: In a forward that guesses by features: the samples and the numbers of the unknown.
+        self._guessed: tuple[list, list[int]] | None = None
+        self._only_features = False
+        self.domain_features: DomainFeatures | None = None
+        self.guess_by = 'embedder'
+        if domain_features is not None:
+            self.add_domain_features(**domain_features)
 
     # -- building and weights --------------------------------------------------------------------
 
@@ -224,6 +248,127 @@ class MoEMixin:
                 rows.update({rf'{key}\.{pattern}': channels for pattern, channels in found})
         return rows
 
+    # -- the domain, told or guessed -------------------------------------------------------------
+
+    def add_domain_features(self, layer: str | None = None, dimension: int | None = None) -> None:
+        """Let pooled features of ``layer`` tell the domain of images from now on.
+
+        Args:
+            layer: As ``domain_features['layer']`` of the class.
+            dimension: As there.
+
+        Raises:
+            ValueError: No label space, no such layer, a MoE layer that would have to know the
+                domain before the layer has run, or a router that asks for embeddings in training,
+                when there are no prototypes yet.
+        """
+        if self.label_space is None:
+            raise ValueError('domain_features needs a label_space: its domains have the prototypes')
+        if self._embeds_known:
+            raise ValueError(
+                'domain_features: a router of this model routes by embeddings in training, when '
+                'features have no prototypes yet; it needs the embedder'
+            )
+        layer = last_unrouted_layer(self, self.moe_names) if layer is None else layer
+        modules = dict(self.named_modules())
+        if layer not in modules:
+            near = difflib.get_close_matches(layer, modules, n=3)
+            raise ValueError(f'domain_features: there is no layer {layer!r}; near: {near}')
+        self.domain_features = DomainFeatures(self.label_space.domains, layer, dimension or 0)
+        self.guess_by = 'features'
+        modules[layer].register_forward_hook(self._note_features)
+        if dimension is None:
+            weight = next(modules[layer].parameters(), torch.zeros(()))
+            flags = [(module, module.training) for module in self.modules()]
+            try:
+                for module, _ in flags:
+                    module.training = False
+                found = self.pooled_features(torch.zeros(1, 3, 64, 64, device=weight.device))
+            finally:
+                for module, flag in flags:
+                    module.training = flag
+            self.domain_features.mean = found.new_zeros(
+                len(self.label_space.domains), found.shape[1]
+            )
+
+    def pooled_features(self, inputs: Tensor, data_samples: Sequence | None = None) -> Tensor:
+        """The features that ``domain_features`` tells domains by; what lies behind does not run.
+
+        Args:
+            inputs: Preprocessed images, has shape (B, 3, H, W).
+            data_samples: Their data samples, for their extents.
+
+        Returns:
+            Has shape (B, d), rows of length 1.
+        """
+        self._only_features = True
+        try:
+            with torch.no_grad(), self._routing(inputs, data_samples):
+                super().extract_feat(inputs)
+        except _FeaturesThere:
+            assert self._features is not None
+            return self._features
+        finally:
+            self._only_features = False
+        raise ValueError(
+            f'domain_features: {self._feature_layer!r} does not run when features are extracted'
+        )
+
+    @property
+    def _feature_layer(self) -> str:
+        return '' if self.domain_features is None else self.domain_features.layer
+
+    def set_domain_mode(self, mode: str, by: str | None = None) -> None:
+        """Test as if domains were told, or as if they were not, whatever data samples say.
+
+        Args:
+            mode: ``'given'``; ``'nearest'``: every image is taken for one of the domain whose
+                prototype is nearest; ``'mixture'``: so are its classes, and its experts are mixed
+                by the posterior. Training is left alone.
+            by: What guesses, ``'embedder'`` or ``'features'``; None leaves it.
+
+        Raises:
+            ValueError: There is no such mode, or nothing to guess by.
+        """
+        if mode not in DOMAIN_MODES:
+            raise ValueError(f'domain mode must be one of {DOMAIN_MODES}, got {mode!r}')
+        by = self.guess_by if by is None else by
+        if by not in GUESSES:
+            raise ValueError(f'a domain is guessed by one of {GUESSES}, got {by!r}')
+        if mode != 'given':
+            if by == 'features' and self.domain_features is None:
+                raise ValueError('to guess by features, give the model domain_features={}')
+            if by == 'embedder' and (self._embedder is None or self._prototypes is None):
+                raise ValueError(
+                    'to guess by the embedder, the model needs a plan that has prototypes'
+                )
+        for router, configured in zip(self.plan_routers(), self._unknown, strict=True):
+            router.unknown = configured if mode == 'given' else mode
+        self.domain_mode, self.guess_by = mode, by
+
+    def plan_routers(self) -> list[PlanRouter]:
+        """The routers that send images where the plan says, and not those it only teaches."""
+        routers = [layer.router for layer in self.moe_layers().values()]
+        return [router for router in routers if isinstance(router, PlanRouter)]
+
+    def _note_features(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+        """Forward hook of the feature layer."""
+        if self._only_features or (self._guessed is not None and self._features is None):
+            self._features = pool_features(output, self.routing_state.extents)
+            if self._only_features:
+                raise _FeaturesThere
+            assert self._guessed is not None
+            self._set_nearest(*self._guessed)
+
+    def _own_features(self) -> Tensor:
+        if self._features is None:
+            raise ValueError(
+                'a MoE layer has to know the domain of an image before '
+                f'{self._feature_layer!r} has run, whose features are to tell it: '
+                f'choose an earlier domain_features layer (MoE layers: {self.moe_names})'
+            )
+        return self._features
+
     # -- forward ---------------------------------------------------------------------------------
 
     def forward(
@@ -262,7 +407,36 @@ class MoEMixin:
             **kwargs: As the base model.
         """
         with self._routing(inputs, data_samples):
-            return super().predict(inputs, data_samples, *args, **kwargs)
+            for head in self._multi_domain_heads():
+                head.keep_unrestricted = self.both_readings
+            results = super().predict(inputs, data_samples, *args, **kwargs)
+            if self.both_readings and results:
+                self._add_unrestricted(inputs, results, *args, **kwargs)
+            return results
+
+    def _add_unrestricted(
+        self, inputs: Tensor, results: Sequence, *args: Any, **kwargs: Any
+    ) -> None:
+        """Give each sample its second reading: the head's, or that of a second forward.
+
+        A dense head makes both of the same outputs. A DETR head's queries are chosen by classes, so
+        the forward itself is another.
+        """
+        head = next((h for h in self._multi_domain_heads()), None)
+        if head is None:
+            raise ValueError('both_readings needs a head that restricts classes (MultiDomain...)')
+        instances = head.take_unrestricted()
+        if instances is None:
+            copies = [sample.clone() for sample in results]
+            with head.unrestricted():
+                again = super().predict(inputs, copies, *args, **kwargs)
+            instances = [sample.pred_instances for sample in again]
+        for sample, found in zip(results, instances, strict=True):
+            sample.pred_instances_unrestricted = found
+
+    def _multi_domain_heads(self) -> list[MultiDomainHeadMixin]:
+        heads = [getattr(self, key, None) for key in HEADS]
+        return [head for head in heads if isinstance(head, MultiDomainHeadMixin)]
 
     def extract_feat(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the base model; by itself it is a forward of its own, with no domain told."""
@@ -276,17 +450,28 @@ class MoEMixin:
             yield
             return
         self._in_forward = True
+        hidden = self._hide_domains(data_samples)
         try:
             self._begin(inputs, data_samples)
             yield
         finally:
             self._in_forward = False
+            self._guessed = None
+            for sample, domain in hidden:
+                sample.set_metainfo({'domain': domain})
+
+    def _hide_domains(self, data_samples: Sequence | None) -> list[tuple[Any, str]]:
+        """Where domains are to be guessed, take them from the samples for the time of a forward."""
+        samples = [s for s in data_samples or () if s is not None and 'domain' in s.metainfo]
+        if self.training or self.domain_mode == 'given' or self._only_features:
+            return []
+        return [(sample, sample.pop('domain')) for sample in samples]
 
     def _begin(self, inputs: Tensor, data_samples: Sequence | None) -> None:
         samples = [None] * len(inputs) if data_samples is None else list(data_samples)
         domains = [None if s is None else s.metainfo.get('domain') for s in samples]
         for i, sample in enumerate(samples):
-            if domains[i] is None and self.domain is not None:
+            if domains[i] is None and self.domain is not None and self.domain_mode == 'given':
                 domains[i] = self.domain
                 if sample is not None:
                     sample.set_metainfo({'domain': self.domain})
@@ -297,9 +482,23 @@ class MoEMixin:
         unknown = [i for i, domain in enumerate(domains) if domain is None]
         # The closure keeps the images until the next forward: only where they may be needed.
         embed: Callable[[], Tensor] | None = None
+        prototypes = None
+        self._features = None
         unplanned = self._planned is not None and not self._planned.issuperset(domains)
-        if (unknown or unplanned or self._embeds_known) and self._embedder is not None:
-            embed = self._embed_of(inputs, samples)
+        if self._only_features:
+            # Who asks now asks too early, and is told so.
+            embed = self._own_features
+            prototypes = (dict.fromkeys(self.label_space.domains, torch.zeros(1)), 1.0)
+        elif unknown or unplanned or self._embeds_known:
+            if self.guess_by == 'features' and self.domain_features is not None:
+                # Features alone may be asked for before anything was measured.
+                asked = any(sample is not None for sample in samples)
+                if not self.training and (asked or self.domain_features.measured):
+                    embed = self._own_features
+                    prototypes = self.domain_features.prototypes()
+                    self._guessed = (samples, unknown)
+            elif self._embedder is not None:
+                embed = self._embed_of(inputs, samples)
         images = inputs if self._routes_images else None
         self.routing_state.begin(
             domains,
@@ -308,8 +507,10 @@ class MoEMixin:
             training=self.training,
             images=images,
             extents=image_extents(inputs, samples),
+            prototypes=prototypes,
         )
-        if unknown and embed is not None and not self.training and self._prototypes is not None:
+        # By features it is known once they are there, which is before any head asks.
+        if unknown and embed is not None and self._guessed is None and not self.training:
             self._set_nearest(samples, unknown)
 
     def _embed_of(self, inputs: Tensor, samples: list) -> Callable[[], Tensor]:
@@ -326,9 +527,11 @@ class MoEMixin:
         )
         if refused or all(samples[i] is None for i in unknown):
             return
-        means = self._prototypes['mean']
+        means = self._means()
+        if means is None:
+            return
         embeddings = self.routing_state.embeddings()[unknown].float().cpu()
-        prototypes = torch.tensor([list(mean) for mean in means.values()])
+        prototypes = torch.stack([torch.as_tensor(mean).float().cpu() for mean in means.values()])
         if prototypes.shape[1] != embeddings.shape[1]:
             raise ValueError(
                 f'the embedder gives {embeddings.shape[1]} numbers an image, the prototypes of '
@@ -339,6 +542,16 @@ class MoEMixin:
         for i, nearest in zip(unknown, found, strict=True):
             if samples[i] is not None:
                 samples[i].set_metainfo({'nearest_domain': names[nearest]})
+
+    def _means(self) -> Mapping[str, Any] | None:
+        """Domain -> prototype among this forward's embeddings."""
+        if self.routing_state.prototypes is not None:
+            return self.routing_state.prototypes[0]
+        return None if self._prototypes is None else self._prototypes['mean']
+
+
+class _FeaturesThere(Exception):
+    """Ends a forward that is only run for features."""
 
 
 class Detached:

@@ -20,7 +20,7 @@ Step 2 happens before step 3: autograd runs ready nodes of a device latest first
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -78,6 +78,8 @@ class RoutingState:
         self.images: Tensor | None = None
         #: The shares of height and width that each image has of the batch's; None: all of it.
         self.extents: tuple[tuple[float, float], ...] | None = None
+        #: Datasets' prototypes among the embeddings, and the concentration; None: the plan's.
+        self.prototypes: tuple[Mapping[str, Tensor], float] | None = None
         self._embed: Callable[[], Tensor] | None = None
         self._embeddings: Tensor | None = None
         self._cache: dict[Any, Any] = {}
@@ -95,6 +97,7 @@ class RoutingState:
         training: bool = False,
         images: Tensor | None = None,
         extents: Sequence[tuple[float, float]] | None = None,
+        prototypes: tuple[Mapping[str, Tensor], float] | None = None,
     ) -> None:
         """Start a forward: forget the last one, take this one's inputs.
 
@@ -110,6 +113,8 @@ class RoutingState:
                 being padding at its lower and right border; None: all of it. What a router sees of
                 a map is then the mean over the image's own places, so that it does not depend on
                 which images stand beside it.
+            prototypes: Where ``embed`` is not the plan's embedder: the prototype (d,) of each
+                dataset among its embeddings, and the concentration.
 
         Raises:
             ValueError: If the numbers of domains and images differ.
@@ -123,6 +128,7 @@ class RoutingState:
         self.domains = None if domains is None else tuple(domains)
         self.num_images = num_images if domains is None else len(domains)
         self._embed = embed
+        self.prototypes = prototypes
         self.training = training
         self.images = images
         self.extents = None if extents is None or _all_whole(extents) else tuple(extents)

@@ -315,3 +315,88 @@ def test_two_processes_evaluate_as_one(tmp_path):
     # In the dataset's order.
     seen = [[img_id for img_id, _ in items] for items in results[0][2]]
     assert seen == [[0, 1, 2, 4], [3, 6], [5]]
+
+
+def test_small_and_large_domains_have_averages_of_their_own():
+    values = dict(a={'ap': 0.5}, b={'ap': 0.1}, c={'ap': 0.9})
+    space = {'domains': {'a': ['x', 'y'], 'b': ['z', 'x'], 'c': ['w']}}
+    batch = [sample(name, 1) for name in 'abc']
+
+    def averages(**options):
+        metrics = {name: Tally(**values[name]) for name in 'abc'}
+        evaluator = MultiDomainEvaluator(space, metrics, **options)
+        evaluator.process(batch)
+        found = evaluator.evaluate(3)
+        return [found.get(f'{group}/tally/ap') for group in ('macro', 'small', 'large')]
+
+    # (0.5 + 0.1 + 0.9) / 3 = 0.5; small b and c: (0.1 + 0.9) / 2 = 0.5, large a.
+    assert averages() == [pytest.approx(0.5), None, None]
+    assert averages(small=['c', 'b']) == [pytest.approx(0.5), pytest.approx(0.5), 0.5]
+    sizes = dict(a=100, b=2000, c=300)
+    # The smaller half of three is one: a. Less than 301 images: a and c, (0.5 + 0.9) / 2 = 0.7.
+    assert averages(train_images=sizes) == [pytest.approx(0.5), 0.5, pytest.approx(0.5)]
+    assert averages(train_images=sizes, small=301) == [pytest.approx(0.5), pytest.approx(0.7), 0.1]
+    with pytest.raises(ValueError, match='small=301 is a number.*give train_images'):
+        averages(small=301)
+    with pytest.raises(ValueError, match=r"no number for \['b'\]"):
+        averages(train_images=dict(a=1, c=2))
+
+
+def test_the_guess_is_right_as_often_as_it_names_the_domain():
+    evaluator, _ = tally_evaluator()
+    guesses = dict(a=['a', 'b', 'a', 'a'], b=['b', 'c'])
+    for domain, found in guesses.items():
+        for index, name in enumerate(found):
+            evaluator.process([sample(domain, index, nearest_domain=name)])
+    evaluator.process([sample('c', 1)])  # told, not guessed
+    values = evaluator.evaluate(7)
+    # 3 of 4, 1 of 2, and their mean: 0.625.
+    assert values['a/guess/accuracy'] == 0.75 and values['b/guess/accuracy'] == 0.5
+    assert values['macro/guess/accuracy'] == 0.625
+    assert 'c/guess/accuracy' not in values
+
+
+def test_the_unrestricted_reading_has_keys_of_its_own():
+    evaluator, metrics = tally_evaluator()
+    element = sample('a', 1, (0, 1))
+    other = InstanceData(labels=torch.tensor([3, 0, 2]), scores=torch.rand(3))
+    element.pred_instances_unrestricted = other
+    evaluator.process([element])
+    values = evaluator.evaluate(1)
+    assert values['a/tally/images'] == values['a/unrestricted/tally/images'] == 1
+    assert values['macro/unrestricted/tally/images'] == 1
+    # w and z are no classes of a: of the second reading only x is left.
+    assert metrics['a'].seen == [(1, [0])]
+    assert element.pred_instances.labels.tolist() == [0, 1]
+
+
+def test_voc_ap50_is_mmdets(val):
+    """11 points at IoU 0.5, by the function that mmdet's own test calls."""
+    from mmdet.evaluation import eval_map
+
+    metric = dict(type='VOCMetric', iou_thrs=0.5, metric='mAP', eval_mode='11points')
+    evaluator = MultiDomainEvaluator(val.label_space, {name: [metric] for name in DOMAINS})
+    values = run(evaluator, val, lambda s: noisy(s, s.sample_idx))
+    expected, start = {}, 0
+    for name, size in val.domain_sizes.items():
+        ids = val.label_space.unified_ids(name)
+        detections, truths = [], []
+        for index in range(start, start + size):
+            item = noisy(val[index]['data_samples'], index)
+            found, truth = item.pred_instances, item.gt_instances
+            rows = torch.cat([found.bboxes, found.scores[:, None]], dim=1).numpy()
+            detections.append([rows[(found.labels == k).numpy()] for k in ids])
+            labels = np.array([ids.index(k) for k in truth.labels.tolist()])
+            truths.append(dict(bboxes=truth.bboxes.numpy(), labels=labels))
+        start += size
+        expected[name], _ = eval_map(
+            detections,
+            truths,
+            iou_thr=0.5,
+            eval_mode='11points',
+            use_legacy_coordinate=True,
+            logger='silent',
+        )
+        assert values[f'{name}/pascal_voc/mAP'] == pytest.approx(expected[name], abs=1e-6)
+    assert 0 < min(expected.values()) < 1
+    assert values['macro/pascal_voc/mAP'] == pytest.approx(sum(expected.values()) / 3, abs=1e-6)

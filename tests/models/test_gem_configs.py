@@ -140,4 +140,99 @@ def test_full_size_gem_dino_is_mmdets_dino_with_experts_in_layers_1_3_5(read):
     assert model.num_queries == 900 and len(model.decoder.layers) == 6
     dataset = DATASETS.build({**cfg.train_dataloader.dataset, 'lazy_init': True})
     assert dataset.metainfo['classes'] == space.classes
-    assert cfg.find_unused_parameters and cfg.train_cfg.max_epochs == 12
+    assert cfg.find_unused_parameters and cfg.train_cfg.max_iters == 90000
+
+
+FULL = sorted(path.stem for path in CONFIGS.glob('*_uodb*.py') if 'effnet' not in path.stem)
+
+
+@pytest.fixture
+def reduced(tmp_path, monkeypatch):
+    """Read a full-size config and make it tiny: 1 encoder layer, narrow FFNs, a narrow backbone."""
+    path = tmp_path / 'plan.json'
+    space = Config.fromfile(CONFIGS / 'dense-dino-4scale_r50_8xb2-12e_uodb.py').label_space
+    ExpertPlan.from_assignment(
+        {domain: f'e{i % 8}' for i, domain in enumerate(space.domains)}, experts=8
+    ).save(path)
+    monkeypatch.setenv('UODB_PLAN', str(path))
+
+    def config(name):
+        cfg = Config.fromfile(CONFIGS / f'{name}.py')
+        model = cfg.model
+        model.backbone.init_cfg = None
+        if model.backbone.type == 'ResNet':
+            model.backbone.update(depth=18, base_channels=4, frozen_stages=-1)
+            model.neck.in_channels = [8, 16, 32]
+        else:
+            model.backbone.update(
+                embed_dims=4, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], convert_weights=False
+            )
+            model.neck.in_channels = [8, 16, 32]
+        model.num_queries = 20
+        model.encoder.num_layers = 1
+        for part in (model.encoder, model.decoder):
+            part.layer_cfg.ffn_cfg.feedforward_channels = 8
+        return cfg
+
+    MMLogger.get_current_instance().setLevel('WARNING')
+    init_default_scope('mmdet_moe')
+    return config
+
+
+@pytest.mark.parametrize('name', FULL)
+def test_full_size_config_takes_a_training_step_when_reduced(reduced, name):
+    cfg = reduced(name)
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    model.train()
+    kind = name.partition('-')[0]
+    layers = model.moe_layers()
+    assert list(layers) == (
+        [] if kind == 'dense' else [f'decoder.layers.{i}.ffn' for i in (1, 3, 5)]
+    )
+    router = {'gem': 'PlanRouter', 'damex': 'DAMEXRouter'}.get(kind)
+    assert all(type(layer.router).__name__ == router for layer in layers.values())
+    optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    log = model.train_step(data_for(model.label_space, size=64), optim_wrapper)
+    assert all(torch.isfinite(torch.as_tensor(value)).all() for value in log.values())
+    assert ('loss_moe_damex' in log) is (kind == 'damex')
+    moved = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
+    assert any(key.startswith('bbox_head.') for key in moved)
+    for layer in layers:
+        assert any(key.startswith(f'{layer}.experts.') for key in moved)
+
+
+def test_damex_has_the_papers_router_and_takes_either_plan(reduced):
+    planned = reduced('damex-dino-4scale_r50_8xb2-12e_uodb')
+    published = reduced('damex-dino-4scale_r50_8xb2-12e_uodb_published-plan')
+    (router,) = [spec.router for spec in planned.model.moe]
+    assert (router.weight, router.router.k, router.router.capacity_factor) == (0.1, 1, 1.25)
+    assert published.model.moe == planned.model.moe
+    plan = ExpertPlan.load(published.model.plan)
+    assert len(plan.experts) == 8 and set(plan.datasets) == set(planned.label_space.domains)
+    experts = {name: list(plan.experts_of(name))[0] for name in plan.datasets}
+    assert experts['kitti'] == experts['lisa']
+    assert experts['voc'] == experts['comic'] == experts['coco']
+    alone = set(plan.datasets) - {'kitti', 'lisa', 'voc', 'comic', 'coco'}
+    assert len({experts[name] for name in alone}) == len(alone) == 6
+
+
+def test_every_domain_of_uodb_has_its_size_and_both_metrics(reduced):
+    cfg = reduced('gem-dino-4scale_r50_8xb2-12e_uodb')
+    domains = list(cfg.label_space.domains)
+    test = cfg.test_dataloader.dataset.domain_pipelines
+    train = cfg.train_dataloader.dataset.domain_pipelines
+    assert list(test) == list(train) == domains == list(cfg.test_evaluator.metrics)
+    sides = {name: next(t for t in test[name] if t.type == 'Resize').scale for name in domains}
+    assert sides['kitti'] == (2000, 576) and sides['deeplesion'] == (1333, 512)
+    scales = train['voc'][3].transforms[0][0].scales
+    assert scales[0] == (360, 1333) and scales[-1] == (600, 1333)  # 60 to 100 % of 600
+    for metrics in cfg.test_evaluator.metrics.values():
+        assert [metric.type for metric in metrics] == ['CocoMetric', 'VOCMetric']
+    assert cfg.test_evaluator.small == ['comic', 'clipart', 'watercolor']
+    assert cfg.train_dataloader.sampler == dict(type='MultiDomainSampler', weights='sqrt')
+    dataset = DATASETS.build({**cfg.test_dataloader.dataset, 'lazy_init': True})
+    scale = [d.pipeline.transforms[1].scale for d in dataset.datasets.values()]
+    assert scale == [sides[name] for name in domains]

@@ -75,3 +75,50 @@ def test_a_stem_without_a_map_is_refused():
     stem = torch.nn.Sequential(torch.nn.Flatten())
     with pytest.raises(ValueError, match='the stem Sequential must give a tuple of maps'):
         HybridVisionTransformer(stem, img_size=8, arch=ARCH)
+
+
+def test_r26_and_vit_s32_is_timms_with_its_weights():
+    """The network of timm's names, of 2 blocks; 64 px, so that every stride pads unevenly."""
+    timm = pytest.importorskip('timm')
+    torch.manual_seed(0)
+    theirs = timm.create_model('vit_small_r26_s32_224', img_size=64, depth=2, num_classes=0).eval()
+    stem = dict(type='mmdet_moe.ResNetV2Stem', depth=26)
+    arch = dict(embed_dims=384, num_layers=2, num_heads=6, feedforward_channels=1536)
+    ours = build(stem=stem, img_size=64, arch=arch)
+    ours.eval()
+    with torch.no_grad():
+        for p in theirs.parameters():  # some start as zero, which hides what they multiply
+            p += 0.02 * torch.randn_like(p)
+    weights = {}
+    for key, value in theirs.state_dict().items():
+        for old, new in (
+            ('patch_embed.backbone.', 'stem.'),
+            ('patch_embed.proj.', 'patch_embed.projection.'),
+            ('blocks.', 'layers.'),
+            ('.norm1.', '.ln1.'),
+            ('.norm2.', '.ln2.'),
+            ('mlp.fc1.', 'ffn.layers.0.0.'),
+            ('mlp.fc2.', 'ffn.layers.1.'),
+        ):
+            if not key.startswith('stem.'):
+                key = key.replace(old, new)
+        weights[key.replace('norm.', 'ln1.') if key.startswith('norm.') else key] = value
+    ours.load_state_dict(weights, strict=True)
+    with torch.no_grad():
+        x = images(64)
+        stem_map = theirs.patch_embed.backbone(x)
+        torch.testing.assert_close(ours.stem(x)[-1], stem_map, rtol=1e-4, atol=1e-4)
+        expected = theirs.forward_features(x)[:, 0]
+        torch.testing.assert_close(ours(x)[0], expected, rtol=1e-4, atol=1e-4)
+    assert stem_map.shape == (2, 2048, 2, 2)
+
+
+def test_standardised_filters():
+    from mmdet_moe.models.backbones import StdConv2dSame
+
+    conv = StdConv2dSame(1, 1, 2, bias=False)
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([[[[1.0, 3.0], [1.0, 3.0]]]]))  # mean 2, variance 1
+    # Of a kernel of 2 the odd row and column of padding are at the bottom and the right.
+    out = conv(torch.tensor([[[[1.0, 2.0], [4.0, 8.0]]]]))
+    torch.testing.assert_close(out, torch.tensor([[[[-1 + 2 - 4 + 8.0, -2 - 8], [4.0, -8.0]]]]))

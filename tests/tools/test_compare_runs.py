@@ -194,3 +194,41 @@ def test_a_seed_without_a_value_keeps_the_other_values_with_their_own_seed(tool,
     code, text, _ = run(tool, capsys, f'a={tmp_path}/*.json')
     # Means by seed: .1, and (.5 + .3) / 2 = .4; of both .25, deviations .15: sqrt(.045) = .212.
     assert cells(text)[-1] == ['**mean**', '**0.250 ± 0.212**']
+
+
+def test_the_papers_layout_has_a_row_for_each_model_in_their_order(tool, tmp_path, capsys):
+    values = {'moon': 0.1, 'coco': 0.4, 'kitti': 0.6, 'clipart': 0.3}
+    metrics = {f'{domain}/pascal_voc/mAP': ap for domain, ap in values.items()}
+    # The evaluator's own averages are no domains.
+    metrics |= {f'{group}/pascal_voc/mAP': 9.0 for group in ('macro', 'small', 'large')}
+    path = tmp_path / 'gem.json'
+    path.write_text(json.dumps({'metrics': metrics, 'small': ['clipart', 'moon']}))
+    other = tmp_path / 'dense.json'
+    other.write_text(json.dumps({'metrics': {'kitti/pascal_voc/mAP': 0.5}}))
+    arguments = [f'gem={path}', f'dense={other}', '--metrics', 'pascal_voc/mAP']
+    arguments += ['--layout', 'papers', '--out-json', str(tmp_path / 'table.json')]
+    assert tool.main(arguments) == 0
+    # Average (60 + 40 + 30 + 10) / 4 = 35, small (30 + 10) / 2 = 20, large (60 + 40) / 2 = 50.
+    head = ['pascal_voc/mAP', 'KITTI', 'COCO', 'Clipart', 'moon', 'Avg', 'Small', 'Large']
+    text = capsys.readouterr().out
+    assert cells(text)[0] == head
+    assert cells(text)[2] == ['gem', '60.0', '40.0', '30.0', '10.0', '35.0', '20.0', '50.0']
+    assert cells(text)[3] == ['dense', '50.0', '', '', '', '50.0', '', '50.0']
+    table = json.loads((tmp_path / 'table.json').read_text())['papers']['pascal_voc/mAP']
+    assert table['dense'] == dict.fromkeys(head[1:]) | {'KITTI': 50.0, 'Avg': 50.0, 'Large': 50.0}
+    assert tool.main([*arguments, '--published', '--small', 'moon']) == 0
+    rows = cells(capsys.readouterr().out)
+    assert rows[2][0].startswith('universal detector, 6 adapters (Wang et al. 2019')
+    assert rows[2][1:] == ['67.6', '46.8', '54.6', '', '63.9', '', '']
+    assert rows[4][-2:] == ['10.0', '43.3']
+    assert tool.main([f'gem={path}', '--metrics', 'pascal_voc/mAP', '--published']) == 2
+    assert '--published goes with --layout papers' in capsys.readouterr().err
+    assert tool.main([*arguments, '--small', 'mars']) == 2
+    assert "no run has a domain 'mars'" in capsys.readouterr().err
+
+
+def test_the_published_average_is_that_of_its_row(tool):
+    row = json.loads(tool.PUBLISHED.read_text())['rows'][0]['ap50']
+    domains = {name: value for name, value in row.items() if name != 'macro'}
+    assert list(domains) == list(tool.PAPERS)
+    assert round(sum(domains.values()) / 11, 1) == row['macro'] == 63.9

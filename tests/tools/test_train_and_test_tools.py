@@ -142,3 +142,35 @@ def test_test_time_augmentation_keeps_the_domain(folder, checkpoint):
     assert run_tool(tool, *arguments, *outputs, log=folder / 'tta.txt') == 0
     metrics = json.loads((folder / 'tta.json').read_text())['metrics']
     assert {f'{domain}/coco/bbox_mAP' for domain in DOMAINS} <= metrics.keys()
+
+
+def test_modes_are_tested_in_one_run_with_the_guess_and_its_cost(folder, checkpoint, tested):
+    """A dense detector: told and guessed by its own features differ in the classes shown."""
+    tool = ROOT / 'tools' / 'analysis_tools' / 'test_modes.py'
+    arguments = [CONFIG, checkpoint, '--work-dir', folder / 'modes', '--max-images', 4]
+    arguments += ['--out-json', folder / 'modes.json', '--out-md', folder / 'modes.md']
+    arguments += ['--save', folder / 'measured.pth']
+    options = ['--cfg-options', 'model.test_cfg.score_thr=0.0']
+    assert run_tool(tool, *arguments, *options, log=folder / 'modes.txt') == 0
+    report = json.loads((folder / 'modes.json').read_text())
+    assert list(report['modes']) == ['given', 'nearest (features)']
+    assert report['layer'] == 'backbone'
+    # Told, it is the ordinary test; guessed wrong, nothing is found of a domain's own classes.
+    for name, value in tested['metrics'].items():
+        assert report['modes']['given'][name] == value or value is None
+    accuracy = report['guess']['features']['accuracy']
+    for domain in DOMAINS:
+        assert accuracy[f'{domain}/guess/accuracy'] in (0.0, 0.5, 1.0)  # of two images
+        assert f'{domain}/unrestricted/coco/bbox_mAP' in report['modes']['given']
+    mean = sum(accuracy[f'{domain}/guess/accuracy'] for domain in DOMAINS) / 6
+    assert accuracy['macro/guess/accuracy'] == pytest.approx(mean)
+    # Pooling 320 channels of 4 x 4 places (128 px, stride 32), and 6 products of 320.
+    assert report['guess']['features']['multiply_adds'] == 320 * 4 * 4 + 6 * 320
+    notes = ' '.join(report['notes'])
+    assert 'mixture (features): no experts that a plan routes' in notes
+    assert 'nearest (embedder): to guess by the embedder, the model needs a plan' in notes
+    text = (folder / 'modes.md').read_text()
+    assert '| coco/bbox_mAP, own classes' in text and '| coco/bbox_mAP, all classes' in text
+    state = torch.load(folder / 'measured.pth', map_location='cpu', weights_only=False)
+    assert state['state_dict']['domain_features.mean'].shape == (6, 320)
+    assert state['meta']['iter'] == 2

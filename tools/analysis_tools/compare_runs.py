@@ -17,6 +17,14 @@ Parameters, active parameters (what one item takes: of each MoE layer only the e
 to) and multiply-adds are measured on the run's config: that named in the JSON, that which mmengine
 left in the work dir, or ``--config NAME=FILE``.
 
+``--layout papers`` turns the tables round: a row for each model, a column for each domain in the
+order of UODB's papers (other domains after them), in percent, then the average and, where the
+results or ``--small`` name small domains, the averages over small and large ones. ``--published``
+adds the papers' own rows (``uodb_published.json``) to tables of an AP50::
+
+    python tools/analysis_tools/compare_runs.py gem=work_dirs/gem dense=work_dirs/dense \\
+        --metrics pascal_voc/mAP coco/bbox_mAP --layout papers --published
+
 Exit 2 and one line if a path has no metrics or no run has what is asked for.
 """
 
@@ -37,6 +45,25 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to run from a clone, uninstalled
 
 MACRO = 'macro'
+#: The evaluator's averages: no domains.
+AVERAGES = (MACRO, 'small', 'large')
+#: Columns of UODB's papers, by domain.
+PAPERS = {
+    'kitti': 'KITTI',
+    'voc': 'VOC',
+    'widerface': 'Wider',
+    'lisa': 'LISA',
+    'kitchen': 'Kitchen',
+    'coco': 'COCO',
+    'dota': 'DOTA',
+    'deeplesion': 'DeepLesion',
+    'comic': 'Comic',
+    'clipart': 'Clipart',
+    'watercolor': 'Watercolor',
+}
+#: Metrics that the published figures, AP50 by VOC's rules, may stand beside.
+AP50 = ('pascal_voc/mAP', 'pascal_voc/AP50', 'coco/bbox_mAP_50')
+PUBLISHED = Path(__file__).with_name('uodb_published.json')
 
 
 class CompareError(ValueError):
@@ -56,17 +83,19 @@ class Result:
         path: Where it was read.
         metrics: ``'<domain>/<metric>'`` -> value.
         config: The model's config file, if known.
+        small: The domains that are small, if the result says so.
     """
 
     path: str
     metrics: dict[str, float]
     config: str | None = None
+    small: tuple[str, ...] = ()
 
     def domains(self, metric: str) -> list[str]:
-        """The domains that have a value, in the order of the file, without the average."""
+        """The domains that have a value, in the order of the file, without the averages."""
         suffix = f'/{metric}'
         names = [key[: -len(suffix)] for key in self.metrics if key.endswith(suffix)]
-        return [name for name in names if '/' not in name and name != MACRO]
+        return [name for name in names if '/' not in name and name not in AVERAGES]
 
 
 def read_result(path: Path) -> Result:
@@ -95,7 +124,12 @@ def read_result(path: Path) -> Result:
     if not content:
         raise CompareError(f'{file}: no metrics "<domain>/<metric>" in it')
     stated = content[-1].get('config')
-    return Result(str(path), _metrics(content[-1]), stated if isinstance(stated, str) else config)
+    return Result(
+        str(path),
+        _metrics(content[-1]),
+        stated if isinstance(stated, str) else config,
+        tuple(content[-1].get('small') or ()),
+    )
 
 
 def _newest_result(folder: Path) -> Path:
@@ -179,6 +213,31 @@ class Run:
             cells[MACRO] = Cell([statistics.fmean(c.mean for c in cells.values())], spread=False)
         return cells
 
+    def averages(self, metric: str, small: Sequence[str]) -> dict[str, Cell]:
+        """The averages over all domains, the small and the large ones, as far as there are some."""
+        groups = {
+            MACRO: lambda name: True,
+            'small': lambda name: name in small,
+            'large': lambda name: name not in small,
+        }
+        cells = {}
+        for group, belongs in groups.items() if small else [(MACRO, groups[MACRO])]:
+            members = [
+                Result(
+                    result.path,
+                    {
+                        f'{name}/{metric}': result.metrics[f'{name}/{metric}']
+                        for name in result.domains(metric)
+                        if belongs(name)
+                    },
+                )
+                for result in self.results
+            ]
+            found = Run(self.name, [result for result in members if result.metrics]).cells(metric)
+            if found:
+                cells[group] = found[MACRO]
+        return cells
+
     def parts(self, metric: str) -> list[Result]:
         """One result for each set of domains: a seed of each model that the run consists of."""
         first: dict[frozenset, Result] = {}
@@ -251,6 +310,54 @@ def to_markdown(runs: Sequence[Run], metrics: Sequence[str], baseline: str | Non
         ]
         lines += [*markdown_table(['', *(run.name for run in runs)], rows), '']
     lines += [f'- {run.name}: {note}' for run in runs for note in run.notes]
+    return '\n'.join(lines).rstrip() + '\n'
+
+
+def papers_tables(
+    runs: Sequence[Run], metrics: Sequence[str], small: Sequence[str], published: bool
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Metric -> row -> column -> percent: models in rows, in the order of UODB's papers.
+
+    Args:
+        runs: The models.
+        metrics: A table of each.
+        small: The small domains; none: no averages over small and large ones.
+        published: Whether AP50 tables begin with the rows of :data:`PUBLISHED`.
+    """
+    tables = {}
+    for metric in metrics:
+        cells = {run.name: run.cells(metric) for run in runs}
+        domains = row_names(cells.values())[:-1]
+        ordered = [name for name in PAPERS if name in domains]
+        ordered += [name for name in domains if name not in PAPERS]
+        names = {name: PAPERS.get(name, name) for name in ordered}
+        names |= {MACRO: 'Avg'} | ({'small': 'Small', 'large': 'Large'} if small else {})
+        rows: dict[str, dict[str, float | None]] = {}
+        if published and metric in AP50:
+            for row in json.loads(PUBLISHED.read_text())['rows']:
+                rows[f'{row["name"]} ({row["source"]})'] = {
+                    column: row['ap50'].get(key) for key, column in names.items()
+                }
+        for run in runs:
+            values = {**cells[run.name], **run.averages(metric, small)}
+            rows[run.name] = {
+                column: None if key not in values else 100 * values[key].mean
+                for key, column in names.items()
+            }
+        tables[metric] = rows
+    return tables
+
+
+def papers_markdown(tables: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> str:
+    """:func:`papers_tables` as text."""
+    lines = []
+    for metric, rows in tables.items():
+        header = [metric, *next(iter(rows.values()))]
+        body = [
+            [name, *('' if value is None else f'{value:.1f}' for value in row.values())]
+            for name, row in rows.items()
+        ]
+        lines += [*markdown_table(header, body), '']
     return '\n'.join(lines).rstrip() + '\n'
 
 
@@ -348,6 +455,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--shape', nargs=2, type=int, metavar=('H', 'W'), help='image size for the multiply-adds'
     )
+    parser.add_argument(
+        '--layout',
+        choices=['domains', 'papers'],
+        default='domains',
+        help='a row for each domain, or for each model',
+    )
+    parser.add_argument(
+        '--small', nargs='+', metavar='DOMAIN', help='small domains; default: as the results say'
+    )
+    parser.add_argument(
+        '--published', action='store_true', help="papers' layout: with the published AP50"
+    )
     parser.add_argument('--no-complexity', action='store_true', help='leave size and cost out')
     parser.add_argument('--out-md', metavar='FILE', help='write the tables there too')
     parser.add_argument('--out-json', metavar='FILE', help='write them there as data')
@@ -388,10 +507,27 @@ def compare(args: argparse.Namespace) -> tuple[list[Run], str]:
         if not any(run.cells(metric) for run in runs):
             known = {k.split('/', 1)[1] for run in runs for r in run.results for k in r.metrics}
             raise CompareError(f'no run has the metric {metric!r}; they have {sorted(known)}')
+    if args.layout == 'papers':
+        return runs, papers_markdown(_papers(runs, args))
+    if args.published:
+        raise CompareError('--published goes with --layout papers')
     if not args.no_complexity:
         for run in runs:
             measure(run, args.metrics[0], configs.get(run.name), args.shape)
     return runs, to_markdown(runs, args.metrics, args.baseline)
+
+
+def _papers(runs: Sequence[Run], args: argparse.Namespace) -> dict:
+    small = args.small
+    if small is None:
+        small = list(dict.fromkeys(x for run in runs for r in run.results for x in r.small))
+    known = {x for run in runs for r in run.results for m in args.metrics for x in r.domains(m)}
+    unknown = [name for name in args.small or () if name not in known]
+    if unknown:
+        raise CompareError(
+            f'--small: no run has a domain {unknown[0]!r}; they have {sorted(known)}'
+        )
+    return papers_tables(runs, args.metrics, small, args.published)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -405,7 +541,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.out_md:
         write(Path(args.out_md), text)
     if args.out_json:
-        data = json.dumps(to_json(runs, args.metrics), indent=2)
+        report = to_json(runs, args.metrics)
+        if args.layout == 'papers':
+            report['papers'] = _papers(runs, args)
+        data = json.dumps(report, indent=2)
         write(Path(args.out_json), data + '\n')
     return 0
 

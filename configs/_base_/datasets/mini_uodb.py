@@ -65,7 +65,10 @@ test_domains = {
     for name in label_space['domains']
 }
 metrics = {
-    name: [dict(type='CocoMetric', ann_file=f'{data_root}{name}/val.json', metric='bbox')]
+    name: [
+        dict(type='CocoMetric', ann_file=f'{data_root}{name}/val.json', metric='bbox'),
+        dict(type='VOCMetric', iou_thrs=0.5, metric='mAP', eval_mode='11points'),
+    ]
     for name in label_space['domains']
 }
 train_dataloader = dict(
@@ -97,5 +100,6 @@ val_evaluator = dict(
     type='MultiDomainEvaluator',
     label_space=label_space,
     metrics=metrics,
+    small=['cheetah'],  # 90 training images; the others have 200 and more
 )
 test_evaluator = val_evaluator

@@ -163,6 +163,67 @@ label_space = dict(
         tvmonitor='tv',
     ),
 )
+# How large a domain's images are: the shorter side that the benchmark's authors used (and at most
+# the longer, px).
+sizes = dict(
+    kitti=(576, 2000),
+    voc=(600, 1333),
+    widerface=(800, 1333),
+    lisa=(800, 1333),
+    kitchen=(800, 1333),
+    coco=(800, 1333),
+    dota=(600, 1333),
+    deeplesion=(512, 1333),
+    comic=(600, 1333),
+    clipart=(600, 1333),
+    watercolor=(600, 1333),
+)
+# DINO's augmentation, in these sizes: 60 to 100 % of the shorter side, half of the time of a crop.
+_scales = {
+    name: [(round(short * (0.6 + 0.04 * step)), long) for step in range(11)]
+    for name, (short, long) in sizes.items()
+}
+train_pipelines = {
+    name: [
+        dict(type='LoadImageFromFile'),
+        dict(type='LoadAnnotations', with_bbox=True),
+        dict(type='RandomFlip', prob=0.5),
+        dict(
+            type='RandomChoice',
+            transforms=[
+                [dict(type='RandomChoiceResize', scales=_scales[name], keep_ratio=True)],
+                [
+                    dict(
+                        type='RandomChoiceResize',
+                        scales=[(round(short * part), 4200) for part in (0.5, 0.625, 0.75)],
+                        keep_ratio=True,
+                    ),
+                    dict(
+                        type='RandomCrop',
+                        crop_type='absolute_range',
+                        crop_size=(round(short * 0.48), round(short * 0.75)),
+                        allow_negative_crop=True,
+                    ),
+                    dict(type='RandomChoiceResize', scales=_scales[name], keep_ratio=True),
+                ],
+            ],
+        ),
+        dict(type='PackDetInputs'),
+    ]
+    for name, (short, long) in sizes.items()
+}
+test_pipelines = {
+    name: [
+        dict(type='LoadImageFromFile'),
+        dict(type='Resize', scale=(long, short), keep_ratio=True),
+        dict(type='LoadAnnotations', with_bbox=True),
+        dict(
+            type='PackDetInputs',
+            meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+        ),
+    ]
+    for name, (short, long) in sizes.items()
+}
 train_domains = {
     name: dict(
         type='CocoDataset',
@@ -183,8 +244,17 @@ test_domains = {
     )
     for name in label_space['domains']
 }
+# By root of the number of images; batches are mixed. Weights of your own: dict(kitti=1.0, ...).
+train_sampler = dict(type='MultiDomainSampler', weights='sqrt')
+# COCO's AP and AP50, and the AP50 of VOC 2007 (11 points), which the benchmark reports of all sets:
+# pascal_voc/mAP.
 metrics = {
-    name: [dict(type='CocoMetric', ann_file=f'{uodb_root}{name}/test.json', metric='bbox')]
+    name: [
+        dict(type='CocoMetric', ann_file=f'{uodb_root}{name}/test.json', metric='bbox'),
+        dict(type='VOCMetric', iou_thrs=0.5, metric='mAP', eval_mode='11points'),
+    ]
     for name in label_space['domains']
 }
-del voc, art
+# At most 1000 training images each; the others have thousands.
+small_domains = ['comic', 'clipart', 'watercolor']
+del voc, art, _scales

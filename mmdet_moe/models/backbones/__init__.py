@@ -8,5 +8,6 @@ __all__ = ['EfficientNetLite']
 
 if find_spec('mmpretrain'):  # detection does without
     from mmdet_moe.models.backbones.hybrid_vit import HybridVisionTransformer
+    from mmdet_moe.models.backbones.resnet_v2_stem import ResNetV2Stem, StdConv2dSame
 
-    __all__ += ['HybridVisionTransformer']
+    __all__ += ['HybridVisionTransformer', 'ResNetV2Stem', 'StdConv2dSame']

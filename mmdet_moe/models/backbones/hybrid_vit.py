@@ -67,8 +67,9 @@ def _map_of(stem: nn.Module, sides: Sequence[int]) -> tuple[int, tuple[int, int]
     """Channels and (h, w) of the last map that ``stem`` makes of an image of these sides."""
     training = [(module, module.training) for module in stem.modules()]
     try:
+        stem.eval()  # of mmpretrain's backbones it gives None
         with torch.no_grad():
-            maps = stem.eval()(torch.zeros(1, 3, *sides))
+            maps = stem(torch.zeros(1, 3, *sides))
     finally:
         for module, mode in training:
             module.training = mode

@@ -85,6 +85,14 @@ class MultiDomainRetinaHead(MultiDomainHeadMixin, LevelsMixin, RetinaHead):
             result += (samples,)
         return result + tuple(rest)
 
+    def predict_by_feat(self, *args: Any, **kwargs: Any) -> list[InstanceData]:
+        """As the base class; with ``keep_unrestricted`` the other reading is made beside it."""
+        results = super().predict_by_feat(*args, **kwargs)
+        if self.keep_unrestricted:
+            with self.unrestricted():
+                self._unrestricted = super().predict_by_feat(*args, **kwargs)
+        return results
+
     def _predict_by_feat_single(
         self,
         cls_score_list: list[Tensor],

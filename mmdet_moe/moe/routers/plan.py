@@ -17,6 +17,7 @@ from mmdet_moe.moe.routers.base import Router
 from mmdet_moe.moe.routing import Routing, RoutingContext
 
 if TYPE_CHECKING:
+    from mmdet_moe.moe.state import RoutingState
     from mmdet_moe.planning import ExpertPlan
 
 UNKNOWN = ('nearest', 'mixture', 'error')
@@ -177,26 +178,37 @@ class PlanRouter(Router):
                 f'{where}: not one of the datasets of {self.source}: {list(self.datasets)} '
                 f"(PlanRouter's unknown='error')"
             )
-        if self._means is None:
+        means, concentration = self._prototypes(context.state)
+        if means is None:
             raise ValueError(
                 f'{where}: not in {self.source}, which has no prototypes to route it by '
                 f'({self.unknown!r}). Known: {list(self.datasets)}'
             )
         z = context.state.embeddings()[unknown].float().cpu()
-        if z.shape[1] != self._means.shape[1]:
+        if z.shape[1] != means.shape[1]:
             raise ValueError(
                 f'the embedder gives {z.shape[1]} numbers, the prototypes of {self.source} have '
-                f'{self._means.shape[1]}: they come from different embedders'
+                f'{means.shape[1]}: they come from different embedders'
             )
-        similarity = torch.nn.functional.normalize(z, dim=1) @ self._means.t()
+        similarity = torch.nn.functional.normalize(z, dim=1) @ means.t()
         weights = torch.zeros(images, self.num_experts, dtype=self._weights.dtype)
         weights[known] = self._weights[rows[known]]
         if self.unknown == 'nearest':
             weights[unknown] = self._weights[similarity.argmax(1)]
         else:
-            posterior = (self._concentration * similarity.double()).softmax(1)
+            posterior = (concentration * similarity.double()).softmax(1)
             weights[unknown] = posterior @ self._weights
         return weights
+
+    def _prototypes(self, state: RoutingState) -> tuple[Tensor | None, float]:
+        """(m, d) prototypes of the datasets and the concentration: the state's, else the plan's."""
+        if state.prototypes is None:
+            return self._means, self._concentration
+        means, concentration = state.prototypes
+        missing = [name for name in self.datasets if name not in means]
+        if missing:
+            raise ValueError(f'no prototype was measured for {missing}, datasets of {self.source}')
+        return torch.stack([means[name].float().cpu() for name in self.datasets]), concentration
 
     def forward(self, items: Tensor | None, context: RoutingContext) -> Routing:
         key = (self._key, 'routing', context.num_items, context.items_per_image, context.device)
