@@ -146,7 +146,7 @@ class KAdaptation(Adapter):
 
     .. math:: Y = \sum_j v_j \big((u_j^T X) L_j R_j\big),
 
-    which is a twelfth of the work of :math:`W_0` (d = 768, d' = 2304, r = 8) and never makes Delta.
+    which is an eighth of the work of :math:`W_0` (d = 768, d' = 2304, r = 8) and never makes Delta.
 
     **Dropout.** The paper's acts on Delta: a share p of its *entries* is 0 in a step, for all items
     alike. ``dropout_on='weights'`` is that; Delta must be made, once per call, and a step costs

@@ -8,7 +8,6 @@ model = dict(
         mean=[122.7709383, 116.7460125, 104.09373615],
         std=[68.5005327, 66.6321579, 70.32316305],
         to_rgb=True,
-        num_classes=6,
     ),
     backbone=dict(
         type='VisionTransformer',
@@ -25,7 +24,6 @@ model = dict(
     ),
     head=dict(
         type='VisionTransformerClsHead',
-        num_classes=6,
         in_channels=768,
         loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
     ),
