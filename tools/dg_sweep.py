@@ -35,7 +35,18 @@ sys.path.insert(0, str(ROOT))  # to run from a clone, uninstalled
 import mmdet_moe  # noqa: F401  isort: skip
 from mmdet_moe.engine.dg_job import Job, start  # isort: skip
 
-ALGORITHMS = {'erm': 'configs/dg/erm_resnet50_dg.py'}
+#: Configs of names that come without one.
+ALGORITHMS = {
+    'erm': 'configs/dg/erm_resnet50.py',
+    'vit': 'configs/dg/vit-s16_dense.py',
+    'sf-moe': 'configs/dg/vit-s16_sf-moe-e6-v2.py',
+    'gmoe': 'configs/dg/vit-s16_gmoe-e6.py',
+    'full': 'configs/dg/vit-b16-clip_full.py',
+    'lora': 'configs/dg/vit-b16-clip_lora.py',
+    'kadaptation': 'configs/dg/vit-b16-clip_kadaptation.py',
+    'lora-moa': 'configs/dg/vit-b16-clip_lora-moa.py',
+    'kadaptation-moa': 'configs/dg/vit-b16-clip_kadaptation-moa.py',
+}
 
 
 class SweepError(RuntimeError):
@@ -120,7 +131,9 @@ def plan(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, list
     trainings: list[dict[str, Any]] = []
     units: dict[str, list[tuple[str, ...]]] = {}
     for wanted in args.datasets or [None]:
-        data_env = {} if args.data_root is None else {'DG_ROOT': f'{Path(args.data_root).resolve()}/'}
+        data_env = (
+            {} if args.data_root is None else {'DG_ROOT': f'{Path(args.data_root).resolve()}/'}
+        )
         if wanted is not None:
             data_env['DG_DATASET'] = wanted
         entries = [(name, path, True) for name, path in args.stage]
@@ -155,7 +168,10 @@ def plan(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, list
                     cfg = configs[path]
                     for draw in range(1 if is_stage else args.draws):
                         label = f'{dataset}/{name}/{place}/trial{trial}-draw{draw}'
-                        options = {**args.cfg_options, **draw_of(cfg.get('dg_space', []), draw, trial)}
+                        options = {
+                            **args.cfg_options,
+                            **draw_of(cfg.get('dg_space', []), draw, trial),
+                        }
                         text = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
                         paired = f'{dataset}/{place}/{trial}/{draw}/{is_stage}'
                         job = Job(

@@ -70,7 +70,7 @@ CATALOG: dict[str, DGInfo] = {
         ('location_100', 'location_38', 'location_43', 'location_46'),
         10,
         'Caltech Camera Traps, lila.science/datasets/caltech-camera-traps (Beery et al., ECCV 2018)'
-        '; DomainBed\'s domainbed/scripts/download.py sorts it into folders',
+        "; DomainBed's domainbed/scripts/download.py sorts it into folders",
         images=24788,
     ),
     'DomainNet': DGInfo(

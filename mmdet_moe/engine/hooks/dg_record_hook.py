@@ -45,7 +45,9 @@ class DGRecordHook(Hook):
         if runner.iter > 0 and path.is_file():
             found = [json.loads(line) for line in path.read_text().splitlines()]
             self.lines += [
-                line for line in found[1:] if line['step'] <= runner.iter and line['model'] == 'last'
+                line
+                for line in found[1:]
+                if line['step'] <= runner.iter and line['model'] == 'last'
             ]
             loop = runner.train_loop
             due = runner.iter % loop.val_interval == 0 and runner.iter >= loop.val_begin
