@@ -5,13 +5,16 @@ from mmdet_moe.engine.hooks.dg_record_hook import DGRecordHook
 from mmdet_moe.engine.hooks.expert_record_hook import ExpertRecordHook
 from mmdet_moe.engine.hooks.plan_hook import PlanHook
 from mmdet_moe.engine.hooks.random_state_hook import RandomStateHook
+from mmdet_moe.engine.hooks.swad_hook import LossValley, SWADHook
 from mmdet_moe.engine.hooks.upcycle_hook import UpcycleHook
 
 __all__ = [
     'DGRecordHook',
     'DenseWarmupHook',
     'ExpertRecordHook',
+    'LossValley',
     'PlanHook',
     'RandomStateHook',
+    'SWADHook',
     'UpcycleHook',
 ]
