@@ -215,7 +215,9 @@ def trainings_of(
         text = json.dumps(configs[path].to_dict(), sort_keys=True, default=str)
         if before is not None:
             text += before.content
-        space = configs[path].get('dg_space', [])
+        space = list(configs[path].get('dg_space', []))
+        if 'dg_dropout' in configs[path]:
+            space.append(dict(key=configs[path].dg_dropout, choice=[0.0, 0.1, 0.5]))
         for draw in range(1 if is_stage else args.draws):
             label = f'{dataset}/{name}/{place}/trial{trial}-draw{draw}'
             # The same for all algorithms, which so see the same images in one order.

@@ -14,7 +14,7 @@ model = dict(
             prefix='backbone.',
         ),
     ),
-    neck=dict(type='GlobalAveragePooling'),
+    neck=[dict(type='GlobalAveragePooling'), dict(type='mmdet_moe.FeatureDropout', p=0.0)],
     head=dict(
         type='LinearClsHead',
         num_classes={{_base_.num_classes}},
@@ -22,3 +22,4 @@ model = dict(
         loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
     ),
 )
+dg_dropout = 'model.neck.1.p'

@@ -11,3 +11,4 @@ model = dict(
     ),
     head=dict(type='LinearClsHead', num_classes={{_base_.num_classes}}, in_channels=128),
 )
+dg_dropout = 'model.backbone.drop_rate'

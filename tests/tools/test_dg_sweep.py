@@ -181,6 +181,7 @@ def test_leave_one_out_adds_the_pairs_and_draws_come_from_the_space(tmp_path):
         assert 1e-5 <= job.options['optim_wrapper.optimizer.lr'] <= 10**-3.5
         assert 1e-6 <= job.options['optim_wrapper.optimizer.weight_decay'] <= 1e-2
         assert job.options['train_dataloader.batch_size'] in range(8, 46)
+        assert job.options['model.backbone.drop_rate'] in (0, 0.1, 0.5)
     assert a[1].options != a[2].options
     assert len({t.job.key for t in trainings}) == 6
 
