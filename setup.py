@@ -81,6 +81,7 @@ setup(
     extras_require={
         'mm': requirements('mm'),
         'mm-classic': requirements('mm_classic'),
+        'ray': requirements('ray'),
         'tests': requirements('tests'),
     },
     cmdclass={'build_py': BuildWithMim},

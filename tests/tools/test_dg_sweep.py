@@ -56,17 +56,8 @@ custom_hooks = [
 
 
 def arguments(config: Path, out: Path, *more: str) -> list[str]:
-    return [
-        '--algorithms',
-        f'erm={config}',
-        '--trials',
-        '2',
-        '--jobs',
-        '2',
-        '--out',
-        str(out),
-        *more,
-    ]
+    wanted = ['--algorithms', f'erm={config}', '--test-domains', '0', '30', '--trials', '2']
+    return [*wanted, '--out', str(out), *more]
 
 
 @pytest.fixture
@@ -81,9 +72,7 @@ def swept(tmp_path_factory):
     """A sweep that was killed half-way with all its processes, and run again."""
     folder = tmp_path_factory.mktemp('sweep')
     config, out = write_config(folder / 'tiny.py'), folder / 'killed'
-    args = arguments(
-        config, out, '--test-domains', '0', '30', '--backend', 'processes', '--jobs', '2'
-    )
+    args = arguments(config, out, '--backend', 'processes', '--jobs', '2')
 
     def sweep():
         os.setsid()
