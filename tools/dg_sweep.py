@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -26,16 +27,31 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a clone, uninstalled
+
+from mmdet_moe import jobs as dg_jobs
+from mmdet_moe.jobs import Job
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # to run from a clone, uninstalled
+#: Configs of names that come without one.
+ALGORITHMS = {
+    'erm': 'configs/dg/erm_resnet50.py',
+    'vit': 'configs/dg/vit-s16_dense.py',
+    'sf-moe': 'configs/dg/vit-s16_sf-moe-e6-v2.py',
+    'gmoe': 'configs/dg/vit-s16_gmoe-e6.py',
+    'full': 'configs/dg/vit-b16-clip_full.py',
+    'lora': 'configs/dg/vit-b16-clip_lora.py',
+    'kadaptation': 'configs/dg/vit-b16-clip_kadaptation.py',
+    'lora-moa': 'configs/dg/vit-b16-clip_lora-moa.py',
+    'kadaptation-moa': 'configs/dg/vit-b16-clip_kadaptation-moa.py',
+}
 
-import mmdet_moe  # noqa: F401  isort: skip
-from mmdet_moe.engine.dg_job import Job, start  # isort: skip
 
-ALGORITHMS = {'erm': 'configs/dg/erm_resnet50_dg.py'}
+Unit = tuple[str, ...]  # domains that are held out together
 
 
 class SweepError(RuntimeError):
@@ -95,98 +111,137 @@ def read_config(path: str, env: Mapping[str, str], options: Mapping[str, Any]) -
     return cfg
 
 
-def units_of(cfg: Any) -> tuple[str, list[tuple[str, ...]]]:
+def data_of(cfg: Any) -> dict[str, Any]:
+    """Which data set a config trains on, and how it is cut."""
+    dataset = cfg.train_dataloader.dataset
+    return {key: value for key, value in dataset.items() if key not in ('pipeline', '_scope_')}
+
+
+def units_of(cfg: Any) -> tuple[str, list[Unit]]:
     """The data set's name and what is held out of it at a time; checks that it is complete."""
     from mmengine.registry import init_default_scope
-
-    import mmdet_moe.engine.dg_preload  # noqa: F401
-    from mmdet_moe.datasets.dg_catalog import leave_outs
     from mmpretrain.registry import DATASETS
+
+    import mmdet_moe.jobs.preload  # noqa: F401
+    from mmdet_moe.datasets.dg_catalog import leave_outs
 
     init_default_scope(cfg.get('default_scope', 'mmpretrain'))
     meta = DATASETS.build(cfg.val_dataloader.dataset).metainfo
+    hooks = [hook.get('type') for hook in cfg.get('custom_hooks', [])]
+    if 'dataset' not in meta or 'mmdet_moe.DGRecordHook' not in hooks:
+        raise SweepError(
+            f'{cfg.filename} must evaluate a mmdet_moe.DGDataset and have mmdet_moe.DGRecordHook '
+            '(configs/_base_/datasets/dg.py and schedules/dg.py have them)'
+        )
     return meta['dataset'], leave_outs(meta['domains'], meta['groups'])
 
 
-def plan(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, list[tuple[str, ...]]]]:
-    """All trainings, stages first, and the held-out units of each data set.
+@dataclass(frozen=True)
+class Training:
+    """A job, and what it is in the table; a stage is no row."""
 
-    A training is a dict of ``job``, and of what it is in the table (``algorithm``, ``dataset``,
-    ``held_out``, ``draw``; ``algorithm`` None for a stage).
-    """
-    from mmdet_moe.evaluation.dg_selection import name_of
+    job: Job
+    algorithm: str
+    dataset: str
+    held_out: tuple[Unit, ...]
+    draw: int
+    is_stage: bool
 
-    out = Path(args.out).resolve()
-    trainings: list[dict[str, Any]] = []
-    units: dict[str, list[tuple[str, ...]]] = {}
+
+@dataclass
+class Plan:
+    """All trainings, and of each data set the units that there are and those held out."""
+
+    trainings: list[Training]
+    units: dict[str, list[Unit]]
+    columns: dict[str, list[Unit]]
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Everything that the command line asks for, stages before what starts from them."""
+    plan = Plan([], {}, {})
+    entries = [(name, path, True) for name, path in args.stage]
+    entries += [(name, path, False) for name, path in args.algorithms]
     for wanted in args.datasets or [None]:
-        data_env = {} if args.data_root is None else {'DG_ROOT': f'{Path(args.data_root).resolve()}/'}
+        env = {}
+        if args.data_root is not None:
+            env['DG_ROOT'] = f'{Path(args.data_root).resolve()}/'
         if wanted is not None:
-            data_env['DG_DATASET'] = wanted
-        entries = [(name, path, True) for name, path in args.stage]
-        entries += [(name, path, False) for name, path in args.algorithms]
-        configs = {path: read_config(path, data_env, args.cfg_options) for _, path, _ in entries}
-        dataset, found = units_of(configs[args.algorithms[0][1]])
-        if dataset in units:
+            env['DG_DATASET'] = wanted
+        configs = {path: read_config(path, env, args.cfg_options) for _, path, _ in entries}
+        for path, cfg in configs.items():
+            if data_of(cfg) != data_of(configs[entries[0][1]]):
+                raise SweepError(f'{path} and {entries[0][1]} are of different data sets')
+        dataset, units = units_of(configs[entries[0][1]])
+        if dataset in plan.units:
             raise SweepError(f'data set {dataset!r} is there twice')
-        units[dataset] = found
-        if args.test_domains:
-            units[dataset] = [unit for unit in found if set(unit) & set(args.test_domains)]
-            unknown = set(args.test_domains) - {d for unit in found for d in unit}
-            if unknown:
-                raise SweepError(
-                    f'{dataset} has no domain {sorted(unknown)[0]!r}; it has '
-                    f'{[d for unit in found for d in unit]}'
-                )
-        held_outs = [(unit,) for unit in units[dataset]]
+        plan.units[dataset] = units
+        plan.columns[dataset] = columns = chosen_units(dataset, units, args.test_domains)
+        held_outs: list[tuple[Unit, ...]] = [(unit,) for unit in columns]
         if 'leave-one-out' in args.selection:
-            pairs = {
-                tuple(sorted((unit, other), key=found.index))
-                for unit in units[dataset]
-                for other in found
-                if other != unit
-            }
-            held_outs += sorted(pairs, key=lambda pair: [found.index(unit) for unit in pair])
-        for trial in range(args.trials):
-            for held_out in held_outs:
-                place = '__'.join(map(name_of, held_out)).replace('/', '-')
-                before = None
-                for name, path, is_stage in entries:
-                    cfg = configs[path]
-                    for draw in range(1 if is_stage else args.draws):
-                        label = f'{dataset}/{name}/{place}/trial{trial}-draw{draw}'
-                        options = {**args.cfg_options, **draw_of(cfg.get('dg_space', []), draw, trial)}
-                        text = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
-                        paired = f'{dataset}/{place}/{trial}/{draw}/{is_stage}'
-                        job = Job(
-                            name=label,
-                            folder=str(out / label),
-                            config=path,
-                            env={
-                                **data_env,
-                                'DG_TEST': ','.join(d for unit in held_out for d in unit),
-                                'DG_TRIAL': str(trial),
-                            },
-                            options=options,
-                            # The same for all algorithms: they see the same images in one order.
-                            seed=zlib.crc32(paired.encode()) % 2**31,
-                            after=before,
-                            load_from=None if before is None else str(out / before),
-                            content=hashlib.sha256(text.encode()).hexdigest(),
-                            threads=args.threads,
-                        )
-                        trainings.append(
-                            dict(
-                                job=job,
-                                algorithm=None if is_stage else name,
-                                dataset=dataset,
-                                held_out=held_out,
-                                draw=draw,
-                            )
-                        )
-                    if is_stage:
-                        before = label
-    return trainings, units
+            if len(units) < 3:
+                raise SweepError(f'{dataset}: leave-one-out needs 3 domains that can be held out')
+            held_outs += [
+                pair for pair in itertools.combinations(units, 2) if set(pair) & set(columns)
+            ]
+        for trial, held_out in itertools.product(range(args.trials), held_outs):
+            plan.trainings += trainings_of(args, entries, configs, env, dataset, held_out, trial)
+    return plan
+
+
+def chosen_units(dataset: str, units: Sequence[Unit], names: Sequence[str] | None) -> list[Unit]:
+    """The units that have one of the domains; all where None."""
+    domains = [domain for unit in units for domain in unit]
+    for name in names or ():
+        if name not in domains:
+            raise SweepError(f'{dataset} has no domain {name!r}; it has {domains}')
+    return [unit for unit in units if names is None or set(unit) & set(names)]
+
+
+def trainings_of(
+    args: argparse.Namespace,
+    entries: Sequence[tuple[str, str, bool]],
+    configs: Mapping[str, Any],
+    env: Mapping[str, str],
+    dataset: str,
+    held_out: tuple[Unit, ...],
+    trial: int,
+) -> list[Training]:
+    """All stages and algorithms on the same sources."""
+    place = '__'.join(map('+'.join, held_out)).replace('/', '-')
+    found: list[Training] = []
+    before: Job | None = None
+    for name, path, is_stage in entries:
+        text = json.dumps(configs[path].to_dict(), sort_keys=True, default=str)
+        if before is not None:
+            text += before.content
+        space = list(configs[path].get('dg_space', []))
+        if 'dg_dropout' in configs[path]:
+            space.append(dict(key=configs[path].dg_dropout, choice=[0.0, 0.1, 0.5]))
+        for draw in range(1 if is_stage else args.draws):
+            label = f'{dataset}/{name}/{place}/trial{trial}-draw{draw}'
+            # The same for all algorithms, which so see the same images in one order.
+            seed = zlib.crc32(f'{dataset}/{place}/{trial}/{draw}/{is_stage}'.encode()) % 2**31
+            job = Job(
+                name=label,
+                folder=str(Path(args.out).resolve() / label),
+                config=path,
+                env={
+                    **env,
+                    'DG_TEST': ','.join(domain for unit in held_out for domain in unit),
+                    'DG_TRIAL': str(trial),
+                },
+                options={**args.cfg_options, **draw_of(space, draw, trial)},
+                seed=seed,
+                after=None if before is None else before.name,
+                load_from=None if before is None else before.folder,
+                content=hashlib.sha256(text.encode()).hexdigest(),
+                threads=args.threads,
+            )
+            found.append(Training(job, name, dataset, held_out, draw, is_stage))
+        if is_stage:
+            before = job
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -207,7 +262,7 @@ class Processes:
         if self.gpus:
             env = {**job.env, 'CUDA_VISIBLE_DEVICES': str(slot % self.gpus)}
             job = Job(**{**vars(job), 'env': env})
-        self.running[job.name] = (start(job), slot)
+        self.running[job.name] = (dg_jobs.start(job), slot)
 
     def has_room(self) -> bool:
         return len(self.running) < self.at_once
@@ -243,7 +298,11 @@ class RayTasks:
         self.ray = ray
         options: dict[str, Any] = dict(log_to_driver=False, logging_level='ERROR')
         if address is None:
-            options.update(num_cpus=max(1, round(at_once * cpus)), include_dashboard=False)
+            options.update(
+                num_cpus=max(1, round(at_once * cpus)),
+                include_dashboard=False,
+                object_store_memory=100 * 2**20,  # jobs talk through files
+            )
         else:
             options.update(address=address)
         ray.init(**options)
@@ -254,7 +313,7 @@ class RayTasks:
 
             if root not in sys.path:
                 sys.path.insert(0, root)
-            from mmdet_moe.engine.dg_job import start
+            from mmdet_moe.jobs import start
 
             process = start(job)
             process.join()
@@ -292,8 +351,14 @@ class RayTasks:
 def run_jobs(jobs: Sequence[Job], backend: Any, clean: bool = False) -> dict[str, str]:
     """Do the jobs that are not done, each after the one it needs; why some are not, by name."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     done = {job.name for job in jobs if job.is_done()}
     left = [job for job in jobs if job.name not in done]
@@ -338,21 +403,17 @@ def run_jobs(jobs: Sequence[Job], backend: Any, clean: bool = False) -> dict[str
 # --------------------------------------------------------------------------------------------------
 
 
-def tabulate(
-    trainings: Sequence[Mapping[str, Any]],
-    units: Mapping[str, Sequence[tuple[str, ...]]],
-    args: argparse.Namespace,
-) -> str:
+def tabulate(plan: Plan, args: argparse.Namespace) -> str:
     """Write the tables of what is done; their text."""
     from mmdet_moe.evaluation import dg_selection as dg
     from mmdet_moe.planning.checks import write_atomically
 
     runs = [
-        dg.read_run(t['job'].records, t['algorithm'], t['held_out'], t['draw'], t['dataset'])
-        for t in trainings
-        if t['algorithm'] is not None and t['job'].is_done()
+        dg.read_run(t.job.records, t.algorithm, t.held_out, t.draw)
+        for t in plan.trainings
+        if not t.is_stage and t.job.is_done()
     ]
-    blocks, chosen = dg.results_table(runs, units, args.selection)
+    blocks, chosen = dg.results_table(runs, plan.units, args.selection, plan.columns)
     out = Path(args.out)
     text = dg.to_text(blocks)
     write_atomically(out / 'table.txt', text)
@@ -364,8 +425,8 @@ def tabulate(
 
 def run(args: argparse.Namespace) -> int:
     """The sweep; its exit code."""
-    trainings, units = plan(args)
-    jobs = [training['job'] for training in trainings]
+    plan = make_plan(args)
+    jobs = [training.job for training in plan.trainings]
     if args.dry_run:
         for job in jobs:
             print(f'{"done" if job.is_done() else "to do"}  {job.name}')
@@ -378,7 +439,7 @@ def run(args: argparse.Namespace) -> int:
             backend.stop()
     else:
         failed = {}
-    print(f'\n{tabulate(trainings, units, args)}\nruns  {Path(args.out).resolve()}')
+    print(f'\n{tabulate(plan, args)}\nruns  {Path(args.out).resolve()}')
     for name, why in failed.items():
         print(f'{name}: {why}', file=sys.stderr)
     if failed:

@@ -14,3 +14,4 @@ model = dict(
 train_cfg = dict(max_iters=200, val_interval=50)
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
 default_hooks = dict(checkpoint=dict(interval=50))
+dg_dropout = 'model.backbone.drop_rate'

@@ -1,5 +1,5 @@
-# Full fine-tuning of a dense network that was trained on the same styles: $EMOJI_VIT, a checkpoint of
-# vit_effnet-lite0_dense_emoji.py (tools/dg_sweep.py --stage trains and gives it).
+# Full fine-tuning of a dense network that was trained on the same styles: $EMOJI_VIT, a checkpoint
+# of vit_effnet-lite0_dense_emoji.py (tools/dg_sweep.py --stage trains and gives it).
 _base_ = './vit_effnet-lite0_dense_emoji.py'
 load_from = '{{$EMOJI_VIT:work_dirs/vit_effnet-lite0_dense_emoji/iter_200.pth}}'
 train_cfg = dict(max_iters=80, val_interval=40)

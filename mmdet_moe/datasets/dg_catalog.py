@@ -37,6 +37,7 @@ class DGInfo:
 
 
 _MNIST = 'MNIST (Y. LeCun, C. Cortes, C. Burges; torchvision.datasets.MNIST fetches the idx files)'
+_DOMAINBED = 'domainbed/scripts/download.py of github.com/facebookresearch/DomainBed'
 _WILDS = 'WILDS, wilds.stanford.edu (pip install wilds; its download_datasets.py)'
 
 CATALOG: dict[str, DGInfo] = {
@@ -44,8 +45,7 @@ CATALOG: dict[str, DGInfo] = {
         'PACS',
         ('art_painting', 'cartoon', 'photo', 'sketch'),
         7,
-        'its authors (Li et al., ICCV 2017, "Deeper, Broader and Artier Domain Generalization"; '
-        'github.com/MachineLearning2020/Homework3-PACS mirrors the images)',
+        'its authors (Li et al., ICCV 2017), www.eecs.qmul.ac.uk/~dl307/project_iccv2017',
         classes=('dog', 'elephant', 'giraffe', 'guitar', 'horse', 'house', 'person'),
         images=9991,
     ),
@@ -53,8 +53,7 @@ CATALOG: dict[str, DGInfo] = {
         'VLCS',
         ('Caltech101', 'LabelMe', 'SUN09', 'VOC2007'),
         5,
-        'its authors (Fang et al., ICCV 2013), in the layout of DomainBed '
-        '(github.com/facebookresearch/DomainBed, domainbed/scripts/download.py)',
+        f'its authors (Fang et al., ICCV 2013); {_DOMAINBED} has the folders',
         classes=('bird', 'car', 'chair', 'dog', 'person'),
         images=10729,
     ),
@@ -62,29 +61,29 @@ CATALOG: dict[str, DGInfo] = {
         'office_home',
         ('Art', 'Clipart', 'Product', 'Real World'),
         65,
-        'its authors, www.hemanthdv.org/officeHomeDataset.html',
+        'its authors (Venkateswara et al., CVPR 2017), hemanthdv.org/OfficeHome-Dataset',
         images=15588,
     ),
     'TerraIncognita': DGInfo(
         'terra_incognita',
         ('location_100', 'location_38', 'location_43', 'location_46'),
         10,
-        'Caltech Camera Traps, lila.science/datasets/caltech-camera-traps (Beery et al., ECCV 2018)'
-        '; DomainBed\'s domainbed/scripts/download.py sorts it into folders',
+        'Caltech Camera Traps (Beery et al., ECCV 2018), '
+        f'lila.science/datasets/caltech-camera-traps; {_DOMAINBED} sorts them into folders',
         images=24788,
     ),
     'DomainNet': DGInfo(
         'domain_net',
         ('clipart', 'infograph', 'painting', 'quickdraw', 'real', 'sketch'),
         345,
-        'its authors, ai.bu.edu/M3SDA (the cleaned version)',
+        f'its authors (Peng et al., ICCV 2019), ai.bu.edu/M3SDA; {_DOMAINBED} drops duplicates',
         images=586575,
     ),
     'SVIRO': DGInfo(
         'sviro',
         ('aclass', 'escape', 'hilux', 'i3', 'lexus', 'tesla', 'tiguan', 'tucson', 'x5', 'zoe'),
         7,
-        'DFKI and IEE, sviro.kl.dfki.de, in the layout of DomainBed',
+        f'DFKI and IEE, sviro.kl.dfki.de; {_DOMAINBED} names the archive',
     ),
     'WILDSCamelyon': DGInfo(
         'camelyon17_v1.0',

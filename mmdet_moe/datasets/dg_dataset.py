@@ -103,9 +103,7 @@ class DGDataset(DomainImageFolder):
                 kwargs.setdefault('classes', self.info.classes)
             domains = self.info.domains if domains is None else domains
             data_root = str(Path(data_root) / self.info.folder)
-        super().__init__(
-            data_root, domains=domains, fractions=fractions, seed=int(trial), **kwargs
-        )
+        super().__init__(data_root, domains=domains, fractions=fractions, seed=int(trial), **kwargs)
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Read what there is, cut it into parts and take those that are asked for."""
@@ -203,9 +201,7 @@ class DGDataset(DomainImageFolder):
                 image['part'] = part
 
 
-def domain_parts(
-    size: int, fractions: Mapping[str, float], trial: int, domain: int
-) -> list[str]:
+def domain_parts(size: int, fractions: Mapping[str, float], trial: int, domain: int) -> list[str]:
     """The part of each image of a domain; for two parts of 0.8 and 0.2, DomainBed's.
 
     The images are shuffled by the seed md5(str((trial, domain))) mod 2^31. The last part takes

@@ -77,9 +77,7 @@ class Run:
         return sorted((x for x in self.lines if x['model'] == model), key=lambda x: x['step'])
 
 
-def read_run(
-    path: Path, algorithm: str, held_out: Sequence[Sequence[str]], draw: int, dataset: str = ''
-) -> Run:
+def read_run(path: Path, algorithm: str, held_out: Sequence[Sequence[str]], draw: int = 0) -> Run:
     """The run whose records are at ``path``.
 
     Raises:
@@ -93,7 +91,7 @@ def read_run(
     if {d for unit in units for d in unit} != set(head['held_out']):
         raise ValueError(f'{path}: the run holds out {head["held_out"]}, not {units}')
     return Run(
-        dataset or head['dataset'],
+        head['dataset'],
         algorithm,
         units,
         head['trial'],
@@ -207,13 +205,15 @@ def results_table(
     runs: Sequence[Run],
     units: Mapping[str, Sequence[Sequence[str]]],
     selections: Sequence[str] = ('training-domain', 'oracle'),
+    columns: Mapping[str, Sequence[Sequence[str]]] | None = None,
 ) -> tuple[list[Block], list[dict[str, Any]]]:
     """The tables of some runs: per data set and selection, and over data sets.
 
     Args:
         runs: All runs, in the order of the rows.
-        units: The held-out units of each data set, in the order of its columns.
+        units: The held-out units of each data set.
         selections: The selections, each a block.
+        columns: The units that are shown; all where None.
 
     Returns:
         The blocks, and what was chosen: one entry per row, data set, unit, trial and selection.
@@ -224,7 +224,8 @@ def results_table(
     rows.sort(key=lambda row: (order.index(row[0]), row[1] != 'last'))
     for selection in selections:
         averages: dict[str, dict[str, Cell | None]] = {}
-        for dataset, held in units.items():
+        for dataset, all_units in units.items():
+            held = all_units if columns is None else columns[dataset]
             block = Block(dataset, selection, (*map(name_of, held), AVERAGE), {})
             blocks.append(block)
             for algorithm, model in rows:
@@ -240,7 +241,7 @@ def results_table(
                             [r for r in here if len(r.held_out) == 1],
                             [r for r in here if len(r.held_out) == 2],
                             model,
-                            held,
+                            all_units,
                         )
                         if choice is not None:
                             found[trial, name_of(unit)] = choice.accuracy

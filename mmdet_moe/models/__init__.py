@@ -27,6 +27,6 @@ __all__ = [
 ]
 
 if find_spec('mmpretrain'):  # detection does without
-    from .classifiers import MoEImageClassifier
+    from .classifiers import FeatureDropout, MoEImageClassifier
 
-    __all__ += ['MoEImageClassifier']
+    __all__ += ['FeatureDropout', 'MoEImageClassifier']

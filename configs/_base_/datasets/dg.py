@@ -10,7 +10,9 @@ dg_dataset = '{{$DG_DATASET:PACS}}'
 dg_root = '{{$DG_ROOT:data/}}'
 dg_test = '{{$DG_TEST:none}}'
 dg_trial = '{{$DG_TRIAL:0}}'
-num_classes = importlib.import_module('mmdet_moe.datasets.dg_catalog').info_of(dg_dataset).num_classes
+num_classes = (
+    importlib.import_module('mmdet_moe.datasets.dg_catalog').info_of(dg_dataset).num_classes
+)
 data_preprocessor = dict(
     num_classes=num_classes,
     mean=[123.675, 116.28, 103.53],

@@ -7,16 +7,20 @@ num_classes = 2 if dg_dataset.startswith('Colored') else 10
 data_preprocessor = dict(
     _delete_=True, num_classes=num_classes, mean=[0.0] * 3, std=[255.0] * 3, to_rgb=True
 )
-pipeline = [dict(type='PackInputs', meta_keys=('domain', 'part'))]
+dataset = dict(
+    name=dg_dataset,
+    pipeline=[dict(type='PackInputs', meta_keys=('domain', 'part'))],
+    serialize_data=False,  # no worker processes to share it with
+)
 train_dataloader = dict(
     num_workers=0,
     persistent_workers=False,
-    dataset=dict(name=dg_dataset, pipeline=pipeline),
+    dataset=dataset,
 )
 val_dataloader = dict(
     num_workers=0,
     persistent_workers=False,
     batch_size=256,
-    dataset=dict(name=dg_dataset, pipeline=pipeline),
+    dataset=dataset,
 )
 test_dataloader = val_dataloader

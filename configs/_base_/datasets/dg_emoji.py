@@ -33,6 +33,7 @@ dataset = dict(
     trial=int(dg_trial),
     split_by='stem',
     fractions=dict(train=0.6, val=0.2, test=0.2),
+    serialize_data=False,  # no worker processes to share it with
 )
 train_dataloader = dict(
     batch_size=8,  # of every source style

@@ -9,7 +9,8 @@ test_cfg = {}
 optim_wrapper = dict(optimizer=dict(type='Adam', lr=5e-5, weight_decay=0.0))
 param_scheduler = None
 default_hooks = dict(checkpoint=dict(interval=interval))
-# Where random draws of hyper-parameters come from (tools/dg_sweep.py --draws).
+# Where random draws of hyper-parameters come from (tools/dg_sweep.py --draws). A model with dropout
+# says the key of its rate, dg_dropout = 'model.backbone.drop_rate': 0, .1 or .5.
 dg_space = [
     dict(key='optim_wrapper.optimizer.lr', log10=(-5, -3.5)),
     dict(key='optim_wrapper.optimizer.weight_decay', log10=(-6, -2)),

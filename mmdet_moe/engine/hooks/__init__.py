@@ -7,6 +7,7 @@ from mmdet_moe.engine.hooks.domain_prototype_hook import DomainPrototypeHook
 from mmdet_moe.engine.hooks.expert_record_hook import ExpertRecordHook
 from mmdet_moe.engine.hooks.plan_hook import PlanHook
 from mmdet_moe.engine.hooks.random_state_hook import RandomStateHook
+from mmdet_moe.engine.hooks.swad_hook import LossValley, SWADHook
 from mmdet_moe.engine.hooks.upcycle_hook import UpcycleHook
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     'DenseWarmupHook',
     'DomainPrototypeHook',
     'ExpertRecordHook',
+    'LossValley',
     'PlanHook',
     'RandomStateHook',
+    'SWADHook',
     'UpcycleHook',
 ]

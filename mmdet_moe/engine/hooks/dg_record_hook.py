@@ -23,11 +23,12 @@ class DGRecordHook(Hook):
 
     The first line is the run: ``dataset``, ``domains``, ``held_out``, ``groups``, ``trial`` and
     ``parts``. Each further line is one evaluation: ``step``, ``model`` (``last``, or an average
-    such as ``swad``), and ``accuracy`` (%) and ``nll`` (nats) with one number per ``<domain>/<part>``. The
-    file is replaced as a whole, never half written.
+    such as ``swad``), and ``accuracy`` (%) and ``nll`` (nats) with one number per
+    ``<domain>/<part>``. The file is replaced as a whole, never half written.
 
-    A resumed run keeps the lines up to its step, and makes up for the evaluation of that very step
-    where the run stopped between the checkpoint and the evaluation.
+    A resumed run keeps the lines up to its step. The checkpoint of a step is written before that
+    step is evaluated, so the evaluation is done anew: for the records, where the run was killed in
+    between, and for hooks whose state does not know of it yet.
     """
 
     priority = 'VERY_LOW'
@@ -42,16 +43,15 @@ class DGRecordHook(Hook):
         keys = ('dataset', 'domains', 'held_out', 'groups', 'trial', 'parts')
         run = {key: meta[key] for key in keys}
         self.lines = [json.loads(json.dumps(run))]
-        if runner.iter > 0 and path.is_file():
+        if runner.iter == 0:
+            return
+        if path.is_file():
             found = [json.loads(line) for line in path.read_text().splitlines()]
-            self.lines += [
-                line for line in found[1:] if line['step'] <= runner.iter and line['model'] == 'last'
-            ]
-            loop = runner.train_loop
-            due = runner.iter % loop.val_interval == 0 and runner.iter >= loop.val_begin
-            last = runner.iter == loop.max_iters
-            if (due or last) and self.lines[-1].get('step') != runner.iter:
-                runner.val_loop.run()
+            self.lines += [line for line in found[1:] if line['step'] < runner.iter]
+        loop = runner.train_loop
+        due = runner.iter % loop.val_interval == 0 and runner.iter >= loop.val_begin
+        if due or runner.iter == loop.max_iters:
+            runner.val_loop.run()
 
     @contextmanager
     def evaluating(self, model: str) -> Iterator[None]:

@@ -22,6 +22,7 @@ from mmdet_moe.planning.checks import write_atomically
 
 DONE = 'done.json'
 LOG = 'log.txt'
+METHOD = 'forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn'
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Job:
         seed: Random seed.
         after: Name of the job that must be done before.
         load_from: Folder of the job whose last checkpoint this one starts from.
-        content: Digest of the config's content, so that a changed config is trained anew.
+        content: Digest of the configs' content, this one's and of the jobs before, so that a
+            changed config is trained anew.
         threads: Threads of torch.
     """
 
@@ -55,7 +57,9 @@ class Job:
     @property
     def key(self) -> str:
         """Digest of all that the result depends on."""
-        what = {k: v for k, v in asdict(self).items() if k not in ('folder', 'threads')}
+        what = {
+            k: v for k, v in asdict(self).items() if k not in ('folder', 'load_from', 'threads')
+        }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -146,27 +150,29 @@ def _main(job: Job) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     Path(job.folder).mkdir(parents=True, exist_ok=True)
-    with job.log.open('a') as log:
-        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    log = job.log.open('a', buffering=1)
+    os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = log
     try:
         train(job)
     except BaseException:
         traceback.print_exc()
-        sys.stderr.flush()
         sys.exit(1)
 
 
 def start(job: Job) -> BaseProcess:
-    """Start a job's process, forked from a server that has imported everything once."""
-    method = 'forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn'
-    context = multiprocessing.get_context(method)
+    """Start a job's process, forked from a server that has imported everything once.
+
+    So a job costs no imports, and none sees what another left in this process's globals.
+    """
+    context = multiprocessing.get_context(METHOD)
     # The server imports by PYTHONPATH, not by this process's sys.path: it must find this mmdet_moe.
     root = str(Path(__file__).resolve().parents[2])
     paths = os.environ.get('PYTHONPATH', '').split(os.pathsep)
     if paths[0] != root:
         os.environ['PYTHONPATH'] = os.pathsep.join([root, *filter(None, paths)])
-    if method == 'forkserver':
-        context.set_forkserver_preload(['mmdet_moe.engine.dg_preload'])
+    if METHOD == 'forkserver':
+        context.set_forkserver_preload(['mmdet_moe.jobs.preload'])
     process = context.Process(target=_main, args=(job,), daemon=False)
     process.start()
     return process

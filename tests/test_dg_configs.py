@@ -1,0 +1,89 @@
+"""The configs of the DomainBed protocol train a step on miniatures of their data."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip('mmpretrain')
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.runner import Runner
+from mmpretrain.registry import MODELS
+
+import mmdet_moe.jobs.preload  # noqa: F401
+from mmdet_moe.datasets.dg_catalog import CATALOG
+
+CONFIGS = Path(__file__).parents[1] / 'configs/dg'
+STYLES = ('noto', 'twemoji', 'fluent_flat', 'fluent_hc', 'openmoji')
+EMOJI = ('activities', 'animals_nature', 'food_drink', 'objects', 'smileys', 'travel_places')
+
+
+@pytest.fixture
+def scope():
+    init_default_scope('mmpretrain')
+    yield
+    DefaultScope._instance_dict.clear()
+
+
+def write_images(root: Path, domains, classes, per_class: int, size: int) -> None:
+    rng = np.random.default_rng(0)
+    for domain in domains:
+        for label in classes:
+            (root / domain / label).mkdir(parents=True)
+            for i in range(per_class):
+                image = rng.integers(0, 255, (size, size, 3), dtype=np.uint8)
+                cv2.imwrite(str(root / domain / label / f'{label}{i}.png'), image)
+
+
+def trained_step(cfg: Config):
+    """One batch through the model and back; the batch."""
+    torch.manual_seed(0)
+    cfg.model.backbone.pop('init_cfg', None)
+    model = MODELS.build({**cfg.model, 'data_preprocessor': cfg.data_preprocessor})
+    cfg.train_dataloader.update(num_workers=0, persistent_workers=False)
+    loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    batch = model.data_preprocessor(next(iter(loader)), training=True)
+    loss = model(**batch, mode='loss')['loss']
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(p.grad is not None for p in model.head.parameters())
+    return batch
+
+
+def test_erm_with_resnet50_on_pacs(tmp_path, monkeypatch, scope):
+    info = CATALOG['PACS']
+    write_images(tmp_path / 'PACS', info.domains, info.classes, 2, 16)
+    for name, value in dict(DG_ROOT=f'{tmp_path}/', DG_TEST='sketch', DG_TRIAL='1').items():
+        monkeypatch.setenv(name, value)
+    cfg = Config.fromfile(CONFIGS / 'erm_resnet50.py')
+    cfg.train_dataloader.batch_size = 1
+    cfg.train_dataloader.dataset.check = False
+    batch = trained_step(cfg)
+    assert batch['inputs'].shape == (3, 3, 224, 224)
+    assert [x.domain for x in batch['data_samples']] == ['art_painting', 'cartoon', 'photo']
+    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (5001, 300)
+
+
+def test_domainnet_has_its_own_steps_and_classes(monkeypatch):
+    monkeypatch.setenv('DG_DATASET', 'DomainNet')
+    cfg = Config.fromfile(CONFIGS / 'erm_resnet50.py')
+    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (15001, 1000)
+    assert cfg.model.head.num_classes == 345
+    monkeypatch.setenv('DG_DATASET', 'ColoredMNIST')
+    cfg = Config.fromfile(CONFIGS / 'erm_vit_digits.py')
+    assert cfg.model.head.num_classes == 2
+    assert cfg.val_dataloader.dataset.name == 'ColoredMNIST'
+
+
+def test_erm_on_emoji_holds_out_both_fluent_styles(tmp_path, monkeypatch, scope):
+    write_images(tmp_path, STYLES, EMOJI, 8, 16)
+    monkeypatch.setenv('EMOJI_DG', f'{tmp_path}/')
+    monkeypatch.setenv('DG_TEST', 'fluent_hc')
+    batch = trained_step(Config.fromfile(CONFIGS / 'erm_vit-tiny_emoji.py'))
+    assert batch['inputs'].shape == (48, 3, 64, 64)
+    styles = [x.domain for x in batch['data_samples']]
+    assert styles == ['noto'] * 16 + ['openmoji'] * 16 + ['twemoji'] * 16
