@@ -236,6 +236,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.save(checkpoint, f'{args.save}.part')
         os.replace(f'{args.save}.part', args.save)
     tests, notes = plan_of_tests(model, args)
+    if not tests:
+        print(f'test_modes: nothing can be tested: {"; ".join(notes)}', file=sys.stderr)
+        return 2
     report: dict[str, Any] = {
         'config': os.path.abspath(args.config),
         'checkpoint': os.path.abspath(args.checkpoint),
