@@ -213,6 +213,14 @@ def _number(value: float | None) -> str:
     return '' if value is None else f'{value:.3f}'
 
 
+def write(report: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Write the files that the command line asks for."""
+    if args.out_md:
+        write_atomically(args.out_md, to_markdown(report, args.metrics))
+    if args.out_json:
+        write_atomically(args.out_json, json.dumps(report, indent=2) + '\n')
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     runner = build_runner(args)
@@ -228,6 +236,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.save(checkpoint, f'{args.save}.part')
         os.replace(f'{args.save}.part', args.save)
     tests, notes = plan_of_tests(model, args)
+    if not tests:
+        print(f'test_modes: nothing can be tested: {"; ".join(notes)}', file=sys.stderr)
+        return 2
     report: dict[str, Any] = {
         'config': os.path.abspath(args.config),
         'checkpoint': os.path.abspath(args.checkpoint),
@@ -248,12 +259,8 @@ def main(argv: list[str] | None = None) -> int:
         if by and by not in report['guess']:
             model.set_domain_mode('given')
             report['guess'][by] = {'accuracy': accuracy, **cost_of_guess(model, cfg, by)}
-    text = to_markdown(report, args.metrics)
-    print(text, end='')
-    if args.out_md:
-        write_atomically(args.out_md, text)
-    if args.out_json:
-        write_atomically(args.out_json, json.dumps(report, indent=2) + '\n')
+        write(report, args)  # after every test: an interrupted run has what was done
+    print(to_markdown(report, args.metrics), end='')
     return 0
 
 
