@@ -211,6 +211,7 @@ def trainings_of(
     place = '__'.join(map('+'.join, held_out)).replace('/', '-')
     found: list[Training] = []
     before: Job | None = None
+    stages = 0
     for name, path, is_stage in entries:
         text = json.dumps(configs[path].to_dict(), sort_keys=True, default=str)
         if before is not None:
@@ -220,8 +221,10 @@ def trainings_of(
             space.append(dict(key=configs[path].dg_dropout, choice=[0.0, 0.1, 0.5]))
         for draw in range(1 if is_stage else args.draws):
             label = f'{dataset}/{name}/{place}/trial{trial}-draw{draw}'
-            # The same for all algorithms, which so see the same images in one order.
-            seed = zlib.crc32(f'{dataset}/{place}/{trial}/{draw}/{is_stage}'.encode()) % 2**31
+            # The same for all algorithms, which so see the same images in one order. A first stage
+            # is what it would be as an algorithm without stages, and done once for both.
+            paired = f'{dataset}/{place}/{trial}/{draw}/{stages}'
+            seed = zlib.crc32(paired.encode()) % 2**31
             job = Job(
                 name=label,
                 folder=str(Path(args.out).resolve() / label),
@@ -240,7 +243,7 @@ def trainings_of(
             )
             found.append(Training(job, name, dataset, held_out, draw, is_stage))
         if is_stage:
-            before = job
+            before, stages = job, stages + 1
     return found
 
 
