@@ -134,9 +134,9 @@ class MoERetinaHead(MultiDomainRetinaHead):
         self.rename_dense_keys(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def class_rows(self) -> dict[str, int]:
+    def class_rows(self) -> dict[str, tuple[str | None, ...]]:
         """``cls_subnet.output`` has a row per anchor and class."""
-        return {r'cls_subnet\.output': self.cls_out_channels}
+        return self.rows_of(r'cls_subnet\.output', self.cls_out_channels)
 
 
 @register_target(lambda module: isinstance(module, RetinaSubnet))
