@@ -81,6 +81,7 @@ setup(
     extras_require={
         'mm': requirements('mm'),
         'mm-classic': requirements('mm_classic'),
+        'cluster': requirements('cluster'),
         'tests': requirements('tests'),
     },
     cmdclass={'build_py': BuildWithMim},

@@ -3,9 +3,9 @@
     python tools/fewshot_split.py train.json --out shots/ --shots 1 5 10 --seed 0
 
 writes ``shots/train_1shot_seed0.json`` and so on. A shot is one annotated object: the field counts
-k objects of each class, not images. Each class's objects are put in an order drawn from the seed and
-the class's name; its first k are the shots, and the images are those that hold one. What else is in
-these images:
+k objects of each class, not images. Each class's objects are put in an order drawn from the seed
+and the class's name; its first k are the shots, and the images are those that hold one. What else
+is in these images:
 
 * ``--others ignore`` (default): stays, marked ``iscrowd``: mmdet then counts it neither as an
   object nor as background. A detector is told of k objects, and nothing false.
@@ -77,8 +77,9 @@ def split(
                 f'for; ask for {len(ids)} at most'
             )
         orders[category['name']] = draw_order(ids, seed, category['name'])
-    return {k: _subset(data, {i for order in orders.values() for i in order[:k]}, others)
-            for k in shots}
+    return {
+        k: _subset(data, {i for order in orders.values() for i in order[:k]}, others) for k in shots
+    }
 
 
 def _is_shot(annotation: Mapping[str, Any], sizes: Mapping[int, tuple[int, int]]) -> bool:

@@ -11,9 +11,7 @@ model = dict(
     adapt=dict(domain='bccd', previous=previous),
 )
 train_dataloader = dict(
-    dataset=dict(
-        domains=dict(_delete_=True, bccd={**_base_.train_domains.bccd, 'ann_file': shots})
-    )
+    dataset=dict(domains=dict(_delete_=True, bccd={**_base_.train_domains.bccd, 'ann_file': shots}))
 )
 # The experts parted long ago; the plan knows domains that are not trained.
 custom_hooks = [*_base_.custom_hooks[:2], dict(type='PlanHook', subset=True)]

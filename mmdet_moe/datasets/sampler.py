@@ -112,16 +112,14 @@ class MultiDomainSampler(Sampler):
         for block in range(unit // _BLOCK):
             drawn += np.bincount(self._block(block), minlength=len(drawn))
         block = unit // _BLOCK
-        passes: dict[int, tuple[int, np.ndarray]] = {}
+        passes = [ShuffledPasses(members, self.seed, key) for key, members in self._domains]
         while True:
             domains = self._block(block)
             for offset, domain in enumerate(domains):
                 number = block * _BLOCK + offset
                 if number >= unit and number % self.world_size == self.rank:
                     start = int(drawn[domain]) * self.unit
-                    yield [
-                        self._draw(int(domain), start + step, passes) for step in range(self.unit)
-                    ]
+                    yield [passes[domain][start + step] for step in range(self.unit)]
                 drawn[domain] += 1
             block += 1
 
@@ -132,14 +130,75 @@ class MultiDomainSampler(Sampler):
         domains = np.searchsorted(self._cumulative, points * self._cumulative[-1], side='right')
         return rng.permutation(np.minimum(domains, len(self._domains) - 1))
 
-    def _draw(self, domain: int, number: int, passes: dict[int, tuple[int, np.ndarray]]) -> int:
-        """The index of the ``number``-th draw from ``domain``; ``passes`` keeps its shuffling."""
-        key, members = self._domains[domain]
-        turn, place = divmod(number, len(members))
-        if passes.get(domain, (-1,))[0] != turn:
-            rng = np.random.default_rng((self.seed, 1, key, turn))
-            passes[domain] = (turn, rng.permutation(members))
-        return int(passes[domain][1][place])
+
+class ShuffledPasses:
+    """An endless sequence of ``members``: each of them once, in one order, then in another.
+
+    Draw n is element ``n mod N`` of the ``n div N``-th shuffling, a function of (seed, key, n).
+    """
+
+    def __init__(self, members: np.ndarray, seed: int, key: int) -> None:
+        self.members = members
+        self.seed = (seed, 1, key)
+        self._pass = (-1, members)
+
+    def __getitem__(self, number: int) -> int:
+        turn, place = divmod(number, len(self.members))
+        if self._pass[0] != turn:
+            rng = np.random.default_rng((*self.seed, turn))
+            self._pass = (turn, rng.permutation(self.members))
+        return int(self._pass[1][place])
+
+
+@DATA_SAMPLERS.register_module()
+class DomainBatchSampler(Sampler):
+    """Batches with the same number of images of every domain, without end.
+
+    As ``batch_sampler`` of a data loader over a data set whose data infos have ``domain``, such as
+    :class:`DGDataset`. ``batch_size`` counts the images of *each* domain; a batch has them domain
+    after domain. Each domain goes through its images in shuffled passes of its own (see
+    :class:`ShuffledPasses`), so that a small domain comes round more often.
+
+    Args:
+        sampler: The data loader's sampler, which gives the data set and the seed. Which one it is
+            does not matter otherwise.
+        batch_size: Images per domain, batch and process.
+        drop_last: Without meaning here, there is no last batch.
+
+    Example:
+        >>> train_dataloader = dict(
+        ...     batch_size=32,  # of each domain
+        ...     sampler=dict(type='InfiniteSampler', shuffle=True),
+        ...     batch_sampler=dict(type='mmdet_moe.DomainBatchSampler'), ...)
+    """
+
+    def __init__(self, sampler: Any, batch_size: int, drop_last: bool = False) -> None:
+        if batch_size < 1:
+            raise ValueError(f'batch_size must be at least 1 image per domain, got {batch_size}')
+        self.sampler = sampler
+        self.images_per_domain = int(batch_size)
+        self.rank, self.world_size = get_dist_info()
+        dataset = sampler.dataset
+        members: dict[str, list[int]] = {}
+        for index in range(len(dataset)):
+            members.setdefault(dataset.get_data_info(index)['domain'], []).append(index)
+        self._domains = {name: np.array(indices) for name, indices in sorted(members.items())}
+
+    def __iter__(self) -> Iterator[list[int]]:
+        passes = [
+            ShuffledPasses(members, int(self.sampler.seed), zlib.crc32(name.encode()))
+            for name, members in self._domains.items()
+        ]
+        start = self.rank * self.images_per_domain
+        while True:
+            numbers = range(start, start + self.images_per_domain)
+            yield [domain[number] for domain in passes for number in numbers]
+            start += self.world_size * self.images_per_domain
+
+    def __len__(self) -> int:
+        """Batches until the largest domain was gone through once (the stream does not end)."""
+        largest = max(len(members) for members in self._domains.values())
+        return math.ceil(largest / (self.images_per_domain * self.world_size))
 
 
 def _indices_by_domain(dataset: Any) -> dict[str, np.ndarray]:

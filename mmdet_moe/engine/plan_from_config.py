@@ -207,7 +207,9 @@ def plan_from_config(
     demand = [float(counts[options.demand][name]) for name in infos]
 
     if options.held:
-        return _join(options, infos, images, instances, dict(zip(infos, demand, strict=True)), verbose)
+        return _join(
+            options, infos, images, instances, dict(zip(infos, demand, strict=True)), verbose
+        )
     names = tuple(infos)
     experts: int | tuple[str, ...] | None = options.num_experts
     matrix = None
@@ -616,7 +618,13 @@ def _line(error: BaseException) -> str:
 def data_table(planned: PlannedDatasets) -> str:
     """What the plan was made from: images, boxes and embedded images of every dataset."""
     rows = [
-        (name, *(str(of.get(name, '-')) for of in (planned.images, planned.instances, planned.embedded)))
+        (
+            name,
+            *(
+                str(of.get(name, '-'))
+                for of in (planned.images, planned.instances, planned.embedded)
+            ),
+        )
         for name in planned.plan.datasets
     ]
     return text_table(('dataset', 'images', 'boxes', 'embedded'), rows)

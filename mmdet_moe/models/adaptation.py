@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +44,13 @@ class Adaptation:
             model's plan has more experts than that one: the old ones go where they were.
         start: What a new expert starts as: the old one that the plan says is ``'nearest'`` to the
             domain (largest affinity), the ``'mean'`` of all old ones, or one by name.
+        train: Regular expressions of whole parameter names: what is trained besides.
     """
 
     domain: str
     previous: str | Mapping[str, Any] | ExpertPlan | None = None
     start: str = NEAREST
+    train: Sequence[str] = ()
 
     def trained(self, layers: Mapping[str, MoELayer], space: LabelSpace | None) -> list[str]:
         """Regular expressions of the names of the domain's parameters: its experts' in each layer
@@ -99,5 +101,5 @@ class Adaptation:
             row = plan.affinity[plan.datasets.index(self.domain), : len(old)]
             return [int(row.argmax())]
         if self.start not in old:
-            raise ValueError(f"adapt: start: {unknown_name(self.start, [NEAREST, MEAN, *old], '')}")
+            raise ValueError(f'adapt: start: {unknown_name(self.start, [NEAREST, MEAN, *old], "")}')
         return [old.index(self.start)]

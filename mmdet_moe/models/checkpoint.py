@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_moe.moe import MoELayer, moe_layers
-from mmdet_moe.moe.layer import OWN_CHILDREN, why_unlike
+from mmdet_moe.moe.layer import OWN_CHILDREN, copies_of, why_unlike
 
 
 class CheckpointError(ValueError):
@@ -231,13 +231,13 @@ def _renamed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def _locate(layers: Mapping[str, MoELayer], key: str) -> tuple[str | None, str]:
-    """The MoE layer that a dense key belongs to, and the key of its first expert."""
+    """The MoE layer that a dense key belongs to, and the model's (first) key for it."""
     for name in layers:
         if key.startswith(f'{name}.'):
             rest = key[len(name) + 1 :]
             if rest.partition('.')[0] in OWN_CHILDREN:
                 return None, key
-            return name, f'{name}.experts.0.{rest}'
+            return name, f'{name}.{next(iter(copies_of(layers[name])))}.{rest}'
     return None, key
 
 
@@ -269,7 +269,10 @@ def _row_sources(space: Any, classes: Sequence[str]) -> dict[str, int | None]:
 
 
 def _copy_rows(
-    value: Tensor, target: Tensor, classes: Sequence[str] | None, names: Sequence[str | None],
+    value: Tensor,
+    target: Tensor,
+    classes: Sequence[str] | None,
+    names: Sequence[str | None],
     sources: Mapping[str, int | None] | None,
 ) -> Tensor:
     """``target`` with the rows ``value`` has by name; both are laid out (anchors, channels).

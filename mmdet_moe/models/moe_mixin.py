@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -28,8 +29,11 @@ from mmdet_moe.moe import (
     MoELayer,
     PlanRouter,
     RoutingState,
+    adapter_layers,
     check_datasets,
+    count_parameters,
     replace_modules,
+    sparse_blocks,
     upcycle_,
 )
 from mmdet_moe.moe.routers.plan import load_plan
@@ -46,13 +50,15 @@ HEADS = ('bbox_head', 'roi_head', 'head')
 
 
 class MoEMixin:
-    """Mixture-of-Experts for a model of mmdet or mmpretrain; put it before the base class.
+    r"""Mixture-of-Experts for a model of mmdet or mmpretrain; put it before the base class.
 
     Args:
         *args: As the base model.
         moe: What to replace, a list of specs: ``dict(targets=regex, num_experts=E,
-            router=dict(type=...), ...)``, see :func:`mmdet_moe.moe.replace_modules`. None or empty:
-            the dense twin.
+            router=dict(type=...), ...)``, see :func:`mmdet_moe.moe.replace_modules`. Of a
+            transformer ``blocks='[SF]*6'`` in the place of ``targets`` says which blocks are
+            sparse: their FFNs are replaced, see :func:`mmdet_moe.moe.sparse_blocks`. None or
+            empty: the dense twin.
         label_space: The :class:`~mmdet_moe.structures.LabelSpace` of the data or its config.
             Passed on to the head, whose number of classes follows from it.
         plan: Plan file (or its content, or an ``ExpertPlan``) for the ``PlanRouter`` specs that
@@ -67,14 +73,14 @@ class MoEMixin:
         freeze_others: Train the MoE layers (experts, routers, bypasses) and nothing else: all other
             parameters are frozen, heads and their class rows too, and norms outside of MoE layers
             stay in evaluation mode, also after ``train()``. Optimisers skip parameters without a
-            gradient, so they need no option for it.
-        train_only: Regular expressions of whole parameter names: these are trained and no others,
-            as with ``freeze_others`` (with both, what either names).
+            gradient, so they need no option for it. ``dict(train=[r'head\..*'])`` lets the
+            parameters train, too, whose whole names match one of the regular expressions.
         newcomers: Domains of the label space that join a trained model: the rows of their classes
             are parameters of their own, see :mod:`~mmdet_moe.models.layers.class_blocks`.
-        adapt: How a domain joins: ``dict(domain=..., previous=..., start='nearest')``, see
-            :class:`~mmdet_moe.models.adaptation.Adaptation`. Its experts and its rows are trained,
-            and what ``train_only`` names; checkpoints with the experts of the previous plan load.
+        adapt: How a domain joins: ``dict(domain=..., previous=..., start='nearest', train=[])``,
+            see :class:`~mmdet_moe.models.adaptation.Adaptation`. Its experts and its rows are
+            trained, and what ``train`` names, all else is frozen as with ``freeze_others``;
+            checkpoints with the experts of the previous plan load.
         **kwargs: As the base model.
 
     Raises:
@@ -93,13 +99,12 @@ class MoEMixin:
         restrict_classes: bool | None = None,
         domain: str | None = None,
         log_routing: bool = True,
-        freeze_others: bool = False,
-        train_only: Sequence[str] = (),
+        freeze_others: bool | Mapping[str, Sequence[str]] = False,
         newcomers: Sequence[str] = (),
         adapt: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.__dict__.update(newcomers=tuple(newcomers), trained_names=(), _frozen=())
+        self.__dict__.update(newcomers=tuple(newcomers), _trained=(), _frozen=())
         if label_space is not None:
             label_space = LabelSpace.from_config(label_space)
             told = dict(restrict_classes=restrict_classes, newcomers=self.newcomers or None)
@@ -114,23 +119,23 @@ class MoEMixin:
         self.routing_state = RoutingState()
         self._in_forward = False
         self._images_are_rgb = images_are_rgb
-        specs = [_with_plan(spec, plan) for spec in moe or ()]
+        specs = [_with_plan(_with_targets(spec, self), plan) for spec in moe or ()]
         self.moe_names: list[str] = []
         if specs:
             self.moe_names = replace_modules(self, specs, self.routing_state)
         self._routes_images = any(x.share == 'image' for x in self.moe_layers().values())
         self._refuse_frozen()
         self.expert_start: ExpertStart | None = None
-        trained = list(train_only)
         if freeze_others:
-            trained += [rf'{re.escape(name)}\..*' for name in self.moe_names]
+            layers = [rf'{re.escape(name)}\..*' for name in self.moe_names]
+            self._freeze('freeze_others', layers, _train_patterns(freeze_others))
         if adapt is not None:
             adaptation = Adaptation(**adapt)
-            trained += adaptation.trained(self.moe_layers(), label_space)
+            own = adaptation.trained(self.moe_layers(), label_space)
+            self._freeze('adapt', own, adaptation.train)
             self.expert_start = adaptation.expert_start(plan)
-        if freeze_others or adapt is not None or train_only:
-            self.trained_names = tuple(trained)
-            self._freeze()
+        if adapter_layers(self):
+            print_log(str(count_parameters(self)), logger='current')
         self._embeds_known = any(
             layer.router.needs_embeddings for layer in self.moe_layers().values()
         )
@@ -163,7 +168,7 @@ class MoEMixin:
 
     @contextmanager
     def _dense_modules(self) -> Iterator[None]:
-        """The first experts in the places of their layers."""
+        """The dense modules in the places of their layers."""
         places = [
             (parent._modules, child, layer)
             for parent in list(self.modules())
@@ -172,7 +177,7 @@ class MoEMixin:
         ]
         try:
             for children, child, layer in places:
-                children[child] = layer.experts[0]
+                children[child] = layer.dense
             yield
         finally:
             for children, child, layer in places:
@@ -188,14 +193,14 @@ class MoEMixin:
         super().train(mode)
         for name in self._frozen:
             self.get_parameter(name).requires_grad_(not mode)
-        if self.trained_names:
+        if self._trained:
             for name, module in self.named_modules():
                 if isinstance(module, _NormBase) and not self._is_trained(f'{name}.weight'):
                     module.eval()
         return self
 
     def _is_trained(self, name: str) -> bool:
-        return any(re.fullmatch(pattern, name) for pattern in self.trained_names)
+        return any(re.fullmatch(pattern, name) for pattern in self._trained)
 
     def _refuse_frozen(self) -> None:
         """A backbone freezes its first stages whole: a router in there would never learn."""
@@ -208,18 +213,25 @@ class MoEMixin:
                     f'another target'
                 )
 
-    def _freeze(self) -> None:
+    def _freeze(self, option: str, own: Sequence[str], train: Sequence[str]) -> None:
+        """Freeze all parameters but those whose names match a pattern of ``own`` or ``train``."""
+        known = dict(self.named_parameters())
+        idle = [x for x in train if not any(re.fullmatch(x, name) for name in known)]
+        if idle:
+            raise ValueError(
+                f'{option}: no parameter is called {idle[0]!r}; the last are {list(known)[-4:]}'
+            )
+        self._trained = (*own, *train)
         frozen = dict.fromkeys(self._frozen)
-        for name, parameter in self.named_parameters():
+        for name, parameter in known.items():
             if parameter.requires_grad and not self._is_trained(name):
                 parameter.requires_grad_(False)
                 frozen[name] = None
         self._frozen = tuple(frozen)
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(
-                'what freeze_others, train_only and adapt name leaves nothing to train: '
-                + (f'{list(self.trained_names)} match no parameter, or frozen ones'
-                   if self.trained_names else 'no moe is given')
+                f'{option} leaves nothing to train: '
+                + (f'{self.moe_names} are frozen too' if self.moe_names else 'no moe is given')
             )
 
     def class_rows(self) -> dict[str, tuple[str | None, ...]]:
@@ -471,6 +483,17 @@ def _tell_head(cfg: Mapping, label_space: LabelSpace, told: Mapping[str, Any]) -
     return cfg
 
 
+def _train_patterns(freeze_others: bool | Mapping[str, Sequence[str]]) -> list[str]:
+    if not isinstance(freeze_others, Mapping):
+        return []
+    if set(freeze_others) != {'train'}:
+        raise ValueError(
+            rf"freeze_others must be a bool or dict(train=[r'head\..*']), got {freeze_others!r}"
+        )
+    train = freeze_others['train']
+    return [train] if isinstance(train, str) else list(train)
+
+
 def _is_rgb(preprocessor: Any) -> bool:
     """Whether the preprocessor hands over RGB; images are loaded as BGR."""
     get = (
@@ -484,6 +507,31 @@ def planned_domains(layers: Iterable[MoELayer]) -> frozenset[str] | None:
     None without a plan."""
     plans = [r.datasets for x in layers for r in x.router.modules() if isinstance(r, PlanRouter)]
     return frozenset.intersection(*map(frozenset, plans)) if plans else None
+
+
+def _with_targets(spec: Mapping, model: nn.Module) -> Mapping:
+    """The spec with the FFNs of its ``blocks`` as ``targets``.
+
+    Raises:
+        ValueError: It has both, or the model's backbone is no transformer whose blocks are
+            ``layers.<i>`` with an ``ffn``; or see :func:`~mmdet_moe.moe.sparse_blocks`.
+    """
+    if 'blocks' not in spec:
+        return spec
+    rest = {key: value for key, value in spec.items() if key != 'blocks'}
+    if 'targets' in rest:
+        raise ValueError(
+            f'a MoE spec has blocks={spec["blocks"]!r} and targets={rest["targets"]!r}: give one'
+        )
+    backbone = getattr(model, 'backbone', None)
+    layers = getattr(backbone, 'layers', None)
+    if not isinstance(layers, nn.ModuleList) or not all(hasattr(x, 'ffn') for x in layers):
+        raise ValueError(
+            f'blocks={spec["blocks"]!r} is for a backbone that is a row of layers with an ffn each '
+            f'(VisionTransformer); a {type(backbone).__name__} is none: name the modules in targets'
+        )
+    chosen = sparse_blocks(spec['blocks'], len(layers))
+    return {**rest, 'targets': [rf'backbone\.layers\.{block - 1}\.ffn' for block in chosen]}
 
 
 def is_plan_router(spec: Mapping) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from mmcv.cnn import ConvModule, Linear
+from mmcv.cnn.bricks import DropPath
 from mmcv.cnn.bricks.transformer import FFN
 from mmdet.models.layers import ResLayer
 from mmengine.model import Sequential
@@ -33,15 +34,20 @@ def ffn(module: FFN) -> Target:
 
     Layers, dropout and layer scale (``gamma2``) are each expert's own. The identity is not: the
     MoE layer adds it once, whatever the combine weights sum to, so a dropped token passes through
-    unchanged and a weighted one keeps all of it.
+    unchanged and a weighted one keeps all of it. Nor is stochastic depth, which drops the whole
+    sum for an image; in an expert it would drop single tokens.
     """
     residual, module.add_identity = module.add_identity, False
+    drop = None
+    if isinstance(module.dropout_layer, DropPath):
+        drop, module.dropout_layer = module.dropout_layer, nn.Identity()
     return Target(
         module,
         in_channels=module.embed_dims,
         channel_dim=-1,
         default_granularity='token',
         residual=residual,
+        drop=drop,
     )
 
 

@@ -3,6 +3,21 @@
 Nothing here knows of mmengine, mmcv or mmdet.
 """
 
+from mmdet_moe.moe.adapters import (
+    Adapter,
+    AdapterLayer,
+    KAdaptation,
+    KroneckerFactors,
+    LoRA,
+    ParameterCounts,
+    adapter_checkpoint,
+    adapter_layers,
+    base_fingerprint,
+    complete_adapter_checkpoint,
+    count_parameters,
+    learned_keys,
+    merged_state_dict,
+)
 from mmdet_moe.moe.balance import (
     BalanceLoss,
     EntropyLoss,
@@ -24,11 +39,12 @@ from mmdet_moe.moe.balance import (
     switch_loss,
     variance_loss,
 )
+from mmdet_moe.moe.blocks import sparse_blocks
 from mmdet_moe.moe.dispatch import run_experts
 from mmdet_moe.moe.forced import forced_routing
 from mmdet_moe.moe.layer import MoELayer, moe_layers
 from mmdet_moe.moe.probability import ProbabilityMoELayer, mixed_logits
-from mmdet_moe.moe.registry import BALANCE, ROUTERS, build_router
+from mmdet_moe.moe.registry import ADAPTERS, BALANCE, ROUTERS, build_router
 from mmdet_moe.moe.replace import TargetError, check_datasets, replace_modules
 from mmdet_moe.moe.routers import (
     BASERouter,
@@ -43,6 +59,7 @@ from mmdet_moe.moe.routers import (
     ReMoERouter,
     Router,
     SelectingRouter,
+    SingleRouter,
     SinkhornRouter,
     SoftMoERouter,
     SwitchRouter,
@@ -66,6 +83,9 @@ from mmdet_moe.moe.upcycle import (
 )
 
 __all__ = [
+    'ADAPTERS',
+    'Adapter',
+    'AdapterLayer',
     'BALANCE',
     'BASERouter',
     'BalanceLoss',
@@ -78,11 +98,15 @@ __all__ = [
     'GatedRouter',
     'ImportanceConstraint',
     'ImportanceLoss',
+    'KAdaptation',
     'KLLoss',
+    'KroneckerFactors',
+    'LoRA',
     'LoadLoss',
     'MeanImportanceConstraint',
     'MoELayer',
     'MoEPPRouter',
+    'ParameterCounts',
     'PlanPriorRouter',
     'PlanRouter',
     'ProbabilityMoELayer',
@@ -94,6 +118,7 @@ __all__ = [
     'RoutingContext',
     'RoutingState',
     'SelectingRouter',
+    'SingleRouter',
     'SinkhornRouter',
     'SlotRouting',
     'SoftMoERouter',
@@ -105,15 +130,22 @@ __all__ = [
     'TargetError',
     'TopKRouter',
     'VarianceLoss',
+    'adapter_checkpoint',
+    'adapter_layers',
+    'base_fingerprint',
     'build_router',
     'check_datasets',
+    'complete_adapter_checkpoint',
+    'count_parameters',
     'cv_squared',
     'describe_target',
     'entropy_loss',
     'forced_routing',
     'importance_loss',
     'kl_loss',
+    'learned_keys',
     'load_loss',
+    'merged_state_dict',
     'mixed_logits',
     'moe_layers',
     'register_target',
@@ -121,6 +153,7 @@ __all__ = [
     'replace_modules',
     'run_experts',
     'run_slots',
+    'sparse_blocks',
     'spread_first_expert_',
     'spread_optimizer_state_',
     'switch_loss',

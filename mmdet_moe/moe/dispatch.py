@@ -143,6 +143,47 @@ def run_experts(
     return _map_trees(combine, outputs)
 
 
+def add_experts(
+    out: Tensor, experts: Sequence[nn.Module] | nn.ModuleList, items: Tensor, routing: Routing
+) -> Tensor:
+    """Add the experts' outputs to ``out``, in place, where the experts are adapters of it.
+
+    .. math:: y_t \\leftarrow y_t + \\sum_{(t, e)} w_{te} f_e(x_t)
+
+    An adapter is narrow inside and wide at its end: it takes the combine weights itself, and puts
+    them where it is narrow. Nothing of the output's size is concatenated, weighed or gathered.
+
+    Args:
+        out: (T, ..., d_out) that nobody needs as it was.
+        experts: E adapters, called ``expert(x, weights)`` with (n_e, ..., d) items and (n_e,)
+            weights or None; each gives (n_e, ..., d_out).
+        items: (T, ..., d).
+        routing: Who takes what.
+    """
+    if routing.expert is not None:
+        return out.add_(experts[routing.expert](items, None).to(out.dtype))
+    if not sum(routing.counts):
+        return out
+    routing = routing.on(items.device)
+    order, inverse, weights = routing.items, routing.inverse, routing.weights
+    assert order is not None
+    rows = items
+    if not routing.in_order:
+        traced = inverse is None or torch.jit.is_tracing()
+        rows = items.index_select(0, order) if traced else _Gather.apply(items, order, inverse)
+    parts = zip(
+        experts,
+        rows.split(routing.counts),
+        order.split(routing.counts),
+        [None] * len(routing.counts) if weights is None else weights.split(routing.counts),
+        strict=True,
+    )
+    for expert, x, places, w in parts:
+        if len(places):  # one without items does not run
+            out = out.index_add_(0, places, expert(x, w).to(out.dtype))
+    return out
+
+
 def _nothing(
     expert: nn.Module,
     items: Tensor,

@@ -145,22 +145,29 @@ def narrow_(
     name: str,
     multiple: int = 1,
 ) -> str:
-    r"""Make the residual blocks of ``module`` narrow inside, in place.
+    r"""Make the residual blocks or the feed-forward network of ``module`` narrow inside, in place.
 
-    A block's convolutions ``conv1``, ``conv2`` (and ``conv3``) lead from its input over inner
-    channels to its output; the inner ones become fewer, its input, output and shortcut stay. What
-    is left of weights and norms are the first channels of the dense ones.
+    A feed-forward network is two linear layers, the second on what the first gives; fewer of the
+    hidden channels between them are left. A block's convolutions ``conv1``, ``conv2`` (and
+    ``conv3``) lead from its input over inner channels to its output; the inner ones become fewer,
+    its input, output and shortcut stay. What is left of weights and norms are the first channels of
+    the dense ones.
 
     With 'iso' the inner width w is the one at which ``runs`` experts cost what the dense module
     does,
 
     .. math:: w = \arg\min_w \Big|\, \frac{n\, C(w)}{C(\text{dense})} - 1 \Big|
 
-    C being the multiply-adds of all convolutions on one map, shortcuts included; gates, norms and a
-    bypass are not counted.
+    C being the multiply-adds of all convolutions on one map, shortcuts included (of a feed-forward
+    network of hidden width h: w = round(h / n)); gates, norms and a bypass are not counted.
+
+    What is left of a trained module is a part of it and computes something else. Cutting it into
+    parts whose *sum* is the module would not help: experts chosen per item are not always the parts
+    that belong together, and their weights sum to 1, not each to 1.
 
     Args:
-        module: A residual block, or a stage of them, whose tensors others may share: they stay.
+        module: A residual block, a stage of them, or a feed-forward network. Others may share its
+            tensors: they stay.
         width: 'iso'; a whole number, the inner width of every block; or a share in (0, 1] of each
             block's own.
         runs: n, experts that run for each item, where that is fixed.
@@ -172,13 +179,17 @@ def narrow_(
         What has changed, for messages; empty where nothing has.
 
     Raises:
-        ValueError: If there are no such blocks, or the width is impossible.
+        ValueError: If it is none of these, or the width is impossible.
     """
+    pair = _hidden_pair(module)
+    if pair is not None:
+        return _narrow_pair(pair, width, runs, name)
     blocks = [_Block(part, name) for part in module.modules() if _Block.fits(part)]
     if not blocks:
         raise ValueError(
             f'MoE target {name!r}, a {type(module).__name__}, has no residual blocks (modules with '
-            f'conv1 and conv2) that width could make narrow'
+            f'conv1 and conv2) that width could make narrow, and is no feed-forward network of two '
+            f'linear layers'
         )
     dense = trace(module, in_channels, name)
     multiple = math.lcm(multiple, *(block.multiple for block in blocks))
@@ -194,6 +205,57 @@ def narrow_(
     return f'their inner width is {", ".join(dict.fromkeys(changes))}' if changes else ''
 
 
+def _hidden_pair(module: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
+    """The two linear layers of a feed-forward network, the only modules with parameters of several
+    dimensions in it; None where ``module`` is something else."""
+    large = [m for m in module.modules() if any(p.ndim > 1 for p in m.parameters(recurse=False))]
+    if len(large) != 2:
+        return None
+    first, second = large
+    if not (isinstance(first, nn.Linear) and isinstance(second, nn.Linear)):
+        return None
+    return (first, second) if first.out_features == second.in_features else None
+
+
+def _narrow_pair(
+    pair: tuple[nn.Linear, nn.Linear], width: str | int | float, runs: int | None, name: str
+) -> str:
+    """:func:`narrow_` of a feed-forward network."""
+    first, second = pair
+    hidden = first.out_features
+    if width == ISO:
+        _need_runs(runs, name)
+        new = max(1, round(hidden / (runs or 1)))
+    elif isinstance(width, float) and 0 < width <= 1:
+        new = max(1, round(width * hidden))
+    elif isinstance(width, int) and not isinstance(width, bool) and 1 <= width <= hidden:
+        new = width
+    else:
+        raise _no_width(width, hidden, name)
+    if new == hidden:
+        return ''
+    first.out_features = second.in_features = new
+    _keep(first, 'weight', (new,))
+    _keep(first, 'bias', (new,))
+    _keep(second, 'weight', (second.out_features, new))
+    return f'their inner width is {new} and not {hidden}'
+
+
+def _need_runs(runs: int | None, name: str) -> None:
+    if not runs:
+        raise ValueError(
+            f"MoE target {name!r}: width='iso' needs a router with a fixed number of experts "
+            f'per item (k)'
+        )
+
+
+def _no_width(width: Any, narrowest: int, name: str) -> ValueError:
+    return ValueError(
+        f"MoE target {name!r}: width must be 'iso', a whole number of 1 to {narrowest} inner "
+        f'channels, or a share of them in (0, 1], got {width!r}'
+    )
+
+
 def _widths(
     blocks: Sequence[_Block],
     width: str | int | float,
@@ -207,14 +269,10 @@ def _widths(
 
     largest = max(block.width for block in blocks)
     if width == ISO:
-        if not runs:
-            raise ValueError(
-                f"MoE target {name!r}: width='iso' needs a router with a fixed number of experts "
-                f'per item (k)'
-            )
+        _need_runs(runs, name)
         full = _multiply_adds(dense, blocks, [b.width for b in blocks])
         choices = [at(w / largest) for w in range(multiple, largest + 1, multiple)]
-        costs = [runs * _multiply_adds(dense, blocks, choice) / full for choice in choices]
+        costs = [(runs or 1) * _multiply_adds(dense, blocks, choice) / full for choice in choices]
         if not costs or costs[0] > 1.05:
             raise ValueError(
                 f"MoE target {name!r}: width='iso' finds no inner width at which {runs} experts "
@@ -227,10 +285,7 @@ def _widths(
     narrowest = min(block.width for block in blocks)
     if isinstance(width, int) and not isinstance(width, bool) and 1 <= width <= narrowest:
         return [width] * len(blocks)
-    raise ValueError(
-        f"MoE target {name!r}: width must be 'iso', a whole number of 1 to {narrowest} inner "
-        f'channels, or a share of them in (0, 1], got {width!r}'
-    )
+    raise _no_width(width, narrowest, name)
 
 
 def _multiply_adds(run: Trace, blocks: Sequence[_Block], widths: Sequence[int]) -> int:

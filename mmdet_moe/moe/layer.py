@@ -32,7 +32,7 @@ INDEPENDENT = 'independent'
 #: Last parts of the keys of running statistics.
 RUNNING = ('running_mean', 'running_var', 'num_batches_tracked')
 #: Children of a MoE layer; every other key below its name belongs to the dense module.
-OWN_CHILDREN = ('experts', 'router', 'balance', 'shared', 'bypass')
+OWN_CHILDREN = ('experts', 'router', 'balance', 'shared', 'bypass', 'base', 'kronecker')
 
 
 class MoELayer(nn.Module):
@@ -92,6 +92,9 @@ class MoELayer(nn.Module):
         leader: The layer that owns that router; None: this one. ``router`` and ``balance`` are
             ignored then.
         image_size: Sides that the input images are pooled to, if larger, with ``share='image'``.
+        drop: What the dense module applies to its output before the identity is added, once for
+            the batch: stochastic depth, which drops whole images and not single tokens. Without
+            parameters.
 
     Raises:
         ValueError: If the pieces do not fit.
@@ -125,6 +128,7 @@ class MoELayer(nn.Module):
         share: str | None = None,
         leader: MoELayer | None = None,
         image_size: int = 64,
+        drop: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if not experts:
@@ -139,6 +143,7 @@ class MoELayer(nn.Module):
         self.shared = nn.ModuleList(shared)
         self.shared_weight = shared_weight
         self.bypass = bypass
+        self.drop = drop
         self.router: Router
         self.balance: nn.ModuleList
         if share is not None and share not in SHARES:
@@ -241,8 +246,20 @@ class MoELayer(nn.Module):
         return len(self.experts)
 
     def _copies(self) -> nn.ModuleList:
-        """Every module that starts as a copy of the dense one: experts, then shared experts."""
+        """Experts, then shared experts."""
         return nn.ModuleList([*self.experts, *self.shared])
+
+    @property
+    def dense(self) -> nn.Module:
+        """What stands for the dense module: the first of :func:`copies_of`."""
+        return next(iter(copies_of(self).values()))
+
+    def reset_parameters(self) -> None:
+        """Initialise what the dense module does not tell: the router and the bypass."""
+        if self.owns_router:
+            self.router.reset_parameters()
+        for part in () if self.bypass is None else self.bypass.children():
+            part.reset_parameters()  # type: ignore[operator]
 
     def _with_statistics(self) -> nn.ModuleList:
         """What may hold norms with running statistics."""
@@ -298,9 +315,9 @@ class MoELayer(nn.Module):
         if self.residual:
             identity, args, kwargs = _take_identity(x, args, kwargs)
         if self.training and self.state.dense:
-            out = self.experts[0](x, *args, **kwargs)
+            out = self.dense(x, *args, **kwargs)
             out = out if self.bypass is None else self.bypass(x) + out
-            return out if identity is None else identity + out
+            return self._join(out, identity)
         shape = x.shape
         per_image = 1
         self._check_args(x, args, kwargs)
@@ -338,14 +355,7 @@ class MoELayer(nn.Module):
             self._refuse_sync_batch_norm()
         frozen = _frozen_statistics(self) if context.recompute else contextlib.nullcontext()
         with frozen:
-            if isinstance(routing, SlotRouting):
-                out = run_slots(self.experts, items, routing, args, kwargs, per_item)
-            else:
-                extra = self.router.extra_experts
-                experts: Sequence[nn.Module] | nn.ModuleList = self.experts
-                if len(extra):
-                    experts = [*self.experts, *extra]
-                out = run_experts(experts, items, routing, args, kwargs, per_item)
+            out = self._run(x, items, routing, args, kwargs, per_item)
             if len(self.shared) and items.shape[0]:
                 own = [expert(items, *args, **kwargs) for expert in self.shared]
                 out = _mix_shared(out, own, self.shared_weight)
@@ -356,9 +366,31 @@ class MoELayer(nn.Module):
         out = self.state.attach(out, losses)
         if self.granularity == 'token' and x.ndim != 2:
             out = out.reshape(*shape[:-1], out.shape[-1])
+        return self._join(out, identity)
+
+    def _join(self, out: Any, identity: Tensor | None) -> Any:
+        out = out if self.drop is None else self.drop(out)
         return out if identity is None else identity + out
 
     # Parts of forward
+
+    def _run(
+        self,
+        x: Tensor,
+        items: Tensor,
+        routing: Routing | SlotRouting,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        per_item: Callable[[int | str, Any], bool],
+    ) -> Any:
+        """The experts' outputs, combined; ``items`` are those of the input ``x``."""
+        if isinstance(routing, SlotRouting):
+            return run_slots(self.experts, items, routing, args, kwargs, per_item)
+        extra = self.router.extra_experts
+        experts: Sequence[nn.Module] | nn.ModuleList = self.experts
+        if len(extra):
+            experts = [*self.experts, *extra]
+        return run_experts(experts, items, routing, args, kwargs, per_item)
 
     def _route(
         self, x: Tensor, items: Tensor, context: RoutingContext
@@ -553,8 +585,8 @@ def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
 def expand_dense_keys(layer: MoELayer, state_dict: dict[str, Any], prefix: str) -> bool:
     """Replace ``<prefix><key>`` by ``<prefix>experts.<e>.<key>`` for every expert, in place.
 
-    The router's and the balance losses' own values fill in for what a dense checkpoint cannot
-    have, so that a strict load passes. With ``layer.noise`` each expert's copy is disturbed.
+    The layer's own values (the router's, the balance losses') fill in for what a dense checkpoint
+    cannot have, so that a strict load passes. With ``layer.noise`` each expert's copy is disturbed.
 
     Returns:
         Whether there were dense keys.
@@ -597,7 +629,8 @@ def expand_dense_keys(layer: MoELayer, state_dict: dict[str, Any], prefix: str) 
                 seed_key = noise_key(layer, place, key)
                 value = disturbed(value, layer.noise, layer.noise_seed, seed_key)
             state_dict[f'{prefix}{place}.{key}'] = value
-    for child in ('router', 'balance', 'bypass'):
+    filled = {place.partition('.')[0] for place in copies_of(layer)}
+    for child in (child for child in OWN_CHILDREN if child not in filled):
         module = layer._modules.get(child)
         for key, value in {} if module is None else module.state_dict().items():
             state_dict.setdefault(f'{prefix}{child}.{key}', value)
@@ -615,7 +648,11 @@ def why_unlike(layer: MoELayer) -> str:
 
 
 def copies_of(layer: MoELayer) -> dict[str, nn.Module]:
-    """Experts and shared experts by their place in the layer: 'experts.0', ..., 'shared.0', ..."""
+    """What holds the dense module's tensors, by place in the layer: experts and shared experts
+    ('experts.0', ..., 'shared.0', ...), where the experts are adapters the one frozen 'base'."""
+    base = layer._modules.get('base')
+    if base is not None:
+        return {'base': base}
     found = {f'experts.{e}': expert for e, expert in enumerate(layer.experts)}
     return {**found, **{f'shared.{s}': expert for s, expert in enumerate(layer.shared)}}
 

@@ -95,6 +95,8 @@ def _parameters(cls: type) -> list[str]:
 
 #: Every router, one file each in :mod:`mmdet_moe.moe.routers`.
 ROUTERS = Registry('router')
+#: Experts of low rank beside a frozen linear layer, in :mod:`mmdet_moe.moe.adapters`.
+ADAPTERS = Registry('adapter')
 #: What may stand in a layer's ``balance`` list.
 BALANCE = Registry('balance loss')
 

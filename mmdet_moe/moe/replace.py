@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,12 @@ from typing import Any
 
 from torch import nn
 
+from mmdet_moe.moe.adapters import (
+    DEFAULT_TARGETS,
+    AdapterLayer,
+    KroneckerFactors,
+    build_adapters,
+)
 from mmdet_moe.moe.experts import FROZEN, change_norms, geometry, make_bypass, narrow_, norm_groups
 from mmdet_moe.moe.layer import MoELayer, moe_layers
 from mmdet_moe.moe.patches import Patches
@@ -22,6 +29,7 @@ from mmdet_moe.moe.targets import Target, describe_target, why_unsafe
 #: What a spec may say, besides ``targets`` and ``router``, which it must.
 OPTIONS = (
     'num_experts',
+    'adapters',
     'granularity',
     'grid',
     'halo',
@@ -39,6 +47,19 @@ OPTIONS = (
     'channel_dim',
     'per_item_args',
     'shared_args',
+    'check_parent',
+)
+
+#: What of it goes with adapters.
+ADAPTER_OPTIONS = (
+    'targets',
+    'router',
+    'adapters',
+    'granularity',
+    'share_router',
+    'image_size',
+    'balance',
+    'noise_seed',
     'check_parent',
 )
 
@@ -73,13 +94,18 @@ def replace_modules(
             * ``targets``: regular expression, or a list of them, for the *whole* module name;
             * ``router``: dict of a router, e.g. ``dict(type='PlanRouter', plan='plan.json')``;
             * ``num_experts``: E (with a PlanRouter the plan's, unless given to be checked);
+            * ``adapters``: in the place of ``num_experts``, for linear layers: the layer itself is
+              frozen and runs on every item, the experts are adapters beside it, e.g.
+              ``dict(type='LoRA', ranks=[1, 2, 4, 8])``, see :mod:`mmdet_moe.moe.adapters`. The
+              ``targets`` default to the query, key and value projection of every second block of a
+              ViT, and with one rank there need be no ``router``;
             * ``granularity``: 'token', 'image' or 'patch'; by default the router's or the target's
               own; ``grid``: g of 'patch', and ``halo``: the places around a patch that its experts
               see, by default all that its outputs depend on;
             * ``share_router``: 'call' or 'image': all layers of the spec have one router, see
               :mod:`mmdet_moe.moe.sharing`; with 'image' the sides of what it sees are at most
               ``image_size`` (64);
-            * ``width``: 'iso', a number or a share: narrow experts, see
+            * ``width``: 'iso', a number or a share: narrow experts of residual blocks or FFNs, see
               :func:`~mmdet_moe.moe.experts.narrow_`;
             * ``bypass``: True for the residual form, see
               :func:`~mmdet_moe.moe.experts.make_bypass`;
@@ -115,8 +141,10 @@ def replace_modules(
     # Build all before touching the model, so that an error leaves it as it was.
     layers: list[MoELayer] = []
     leaders: dict[int, MoELayer] = {}
+    kronecker = _kronecker_factors(model)
     for place in places:
-        layer = _build(place, state, leaders.get(id(place.spec)))
+        build = _build if place.spec.get('adapters') is None else _build_with_adapters
+        layer = build(place, state, leaders.get(id(place.spec)), kronecker)
         layers.append(layer)
         if layer.share is not None:
             leaders.setdefault(id(place.spec), layer)
@@ -152,6 +180,8 @@ def _checked_spec(spec: Mapping[str, Any], index: int) -> dict[str, Any]:
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise TypeError(f'MoE spec {index} has unknown keys {unknown}; known: {list(known)}')
+    if given.get('adapters') is not None:
+        _complete_adapter_spec(given, index)
     for key in ('targets', 'router'):
         if key not in given:
             raise KeyError(f'MoE spec {index} has no {key!r}: {given}')
@@ -238,7 +268,67 @@ def _no_match(pattern: str, names: Sequence[str], index: int) -> str:
     return f'MoE spec {index}: no module is called {pattern!r}{partly}; {near}'
 
 
-def _build(place: _Place, state: RoutingState, leader: MoELayer | None) -> MoELayer:
+def _complete_adapter_spec(spec: dict[str, Any], index: int) -> None:
+    """Defaults of a spec with adapters; refuse what goes with copies of the dense module only."""
+    wrong = sorted(set(spec) - set(ADAPTER_OPTIONS))
+    if wrong:
+        raise ValueError(
+            f'MoE spec {index} has adapters, with which {wrong} do not go; known: '
+            f'{list(ADAPTER_OPTIONS)}'
+        )
+    spec.setdefault('targets', DEFAULT_TARGETS)
+    ranks = spec['adapters'].get('ranks') if isinstance(spec['adapters'], Mapping) else None
+    if isinstance(ranks, int) or (isinstance(ranks, Sequence) and len(ranks) == 1):
+        spec.setdefault('router', {'type': 'SingleRouter'})
+
+
+def _kronecker_factors(model: nn.Module) -> dict[tuple[int, int], KroneckerFactors]:
+    """Those that layers of ``model`` own already, by (size, terms)."""
+    found = (m for m in model.modules() if isinstance(m, KroneckerFactors))
+    return {(m.u.shape[1], m.u.shape[0]): m for m in found}
+
+
+def _build_with_adapters(
+    place: _Place,
+    state: RoutingState,
+    leader: MoELayer | None,
+    kronecker: dict[tuple[int, int], KroneckerFactors],
+) -> MoELayer:
+    spec = place.spec
+    base = _sharing_copy(place.module)
+    adapters, bias, owned = build_adapters(spec['adapters'], base, place.name, kronecker)
+    assert isinstance(base, nn.Linear)
+    target = describe_target(base, place.name)
+    if leader is None:
+        spec = {**spec, 'num_experts': len(adapters)}
+        router = _build_router(dataclasses.replace(place, spec=spec), base.in_features)
+    else:
+        router = leader.router
+    return AdapterLayer(
+        base,
+        adapters,
+        router,
+        state,
+        bias=bias,
+        kronecker=owned,
+        granularity=spec.get('granularity'),
+        default_granularity=target.default_granularity,
+        granularities=target.granularities,
+        balance=spec.get('balance') or (),
+        name=place.name,
+        in_channels=base.in_features,
+        channel_dim=-1,
+        noise_seed=spec.get('noise_seed', 0),
+        dense_type=type(place.module).__name__,
+        share=spec.get('share_router'),
+        leader=leader,
+        image_size=spec.get('image_size', 64),
+    )
+
+
+def _build(
+    place: _Place, state: RoutingState, leader: MoELayer | None, kronecker: object = None
+) -> MoELayer:
     spec, kind = place.spec, type(place.module).__name__
     # An adapter may change the module it is given: it gets a copy, and the original's tensors.
     target = describe_target(_sharing_copy(place.module), place.name)
@@ -281,6 +371,7 @@ def _build(place: _Place, state: RoutingState, leader: MoELayer | None) -> MoELa
         share=spec.get('share_router'),
         leader=leader,
         image_size=spec.get('image_size', 64),
+        drop=target.drop,
     )
 
 

@@ -36,7 +36,7 @@ class Target:
         in_channels: d of the input; None where unknown, then a learned router needs the spec's.
         channel_dim: Dimension of the channels; None: 1 for 4 dimensions or more, else the last.
         default_granularity, granularities: See ``MoELayer``.
-        residual, per_item_args, shared_args: See ``MoELayer``.
+        residual, per_item_args, shared_args, drop: See ``MoELayer``.
         layer: The class to build, ``MoELayer`` or a subclass with the same arguments.
     """
 
@@ -49,6 +49,7 @@ class Target:
     per_item_args: Sequence[int | str] = ()
     shared_args: Sequence[int | str] = ()
     layer: type[MoELayer] = field(default=MoELayer)
+    drop: nn.Module | None = None
 
 
 Predicate = Callable[[nn.Module], bool]

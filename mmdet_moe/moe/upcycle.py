@@ -67,10 +67,7 @@ def upcycle_(
         devices = {p.device for p in layer.parameters() if p.device.type == 'cuda'}
         with torch.random.fork_rng(devices=sorted(devices, key=str)):
             torch.manual_seed(zlib.crc32(f'{layer_seed}:router:{name}'.encode()))
-            if layer.owns_router:
-                layer.router.reset_parameters()
-            for part in () if layer.bypass is None else layer.bypass.children():
-                part.reset_parameters()  # type: ignore[operator]
+            layer.reset_parameters()
     return list(layers)
 
 
@@ -85,7 +82,7 @@ def spread_first_expert_(
     for layer in moe_layers(model).values():
         share = layer.noise if noise is None else noise
         layer_seed = layer.noise_seed if seed is None else seed
-        source = {key: value.clone() for key, value in _tensors(layer.experts[0]).items()}
+        source = {key: value.clone() for key, value in _tensors(layer.dense).items()}
         for place, expert in copies_of(layer).items():
             parameters = noisy_parameters(expert, share)
             for key, value in _tensors(expert).items():
@@ -103,7 +100,7 @@ def spread_optimizer_state_(model: nn.Module, optimizer: torch.optim.Optimizer) 
     as the dense module would have.
     """
     for layer in moe_layers(model).values():
-        first = dict(layer.experts[0].named_parameters())
+        first = dict(layer.dense.named_parameters())
         for expert in list(copies_of(layer).values())[1:]:
             for key, parameter in expert.named_parameters():
                 known = optimizer.state.get(first[key])
@@ -139,9 +136,9 @@ def upcycle_from_checkpoints(
         KeyError: A key is no expert and no dataset; a checkpoint has not all of a layer's tensors.
         ValueError: Shapes differ; several checkpoints for one expert without ``average``.
     """
-    layers = moe_layers(model)
+    layers = {name: x for name, x in moe_layers(model).items() if x.dense is x.experts[0]}
     if not layers:
-        raise ValueError('the model has no MoE layers')
+        raise ValueError('the model has no MoE layers whose experts start as dense modules')
     states = {key: _read(value, loader) for key, value in checkpoints.items()}
     report: dict[str, dict[str, list[str]]] = {}
     plan: list[tuple[MoELayer, int, dict[str, Tensor]]] = []

@@ -115,8 +115,9 @@ def _similarities(previous: ExpertPlan, name: str, prototypes: Mapping[str, Any]
             f'plan {previous.prototypes["dimension"]}: use its embedder'
         )
     old = _unit([previous.prototypes['mean'][d] for d in previous.datasets])
-    centre = old.mean(axis=0) if len(old) > 1 else 0.0
-    similarity: np.ndarray = _unit(old - centre) @ _unit([prototypes['mean'][name]] - centre)[0]
+    own = _unit([prototypes['mean'][name]])
+    centre = old.mean(axis=0) if len(old) > 1 else np.zeros(old.shape[1])
+    similarity: np.ndarray = _unit(old - centre) @ _unit(own - centre)[0]
     return similarity
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.optim import build_optim_wrapper
-from tiny_models import DOMAINS, build, images, moe_specs, raw_batch, sample
+from tiny_models import DOMAINS, build, images, moe_specs, raw_batch, retinanet_cfg, sample
 
 from mmdet_moe.models.checkpoint import fit_checkpoint
 from mmdet_moe.moe import PlanRouter
@@ -56,7 +56,8 @@ def detections(model, *domains):
     model.train()
     names = model.label_space.classes
     return [
-        (p.bboxes, p.scores, [names[i] for i in p.labels]) for p in (s.pred_instances for s in found)
+        (p.bboxes, p.scores, [names[i] for i in p.labels])
+        for p in (s.pred_instances for s in found)
     ]
 
 
@@ -68,9 +69,7 @@ def assert_identical(before, after):
 def train(model, steps=2, lr=0.1):
     wrapper = build_optim_wrapper(
         model,
-        ConfigDict(
-            type='OptimWrapper', optimizer=dict(type='AdamW', lr=lr, weight_decay=0.5)
-        ),
+        ConfigDict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=lr, weight_decay=0.5)),
     )
     for _ in range(steps):
         model.train_step(raw_batch_of(model), wrapper)
@@ -150,24 +149,21 @@ def test_newcomer_on_an_existing_expert_trains_that_one():
     assert trained and all('.experts.1.' in k or '.newcomers.' in k for k in trained)
 
 
-def test_train_only_adds_what_the_config_frees_and_frozen_norms_rest():
-    _, model, _, _ = adapted('retinanet', train_only=[r'neck\..*'])
+def test_what_the_config_frees_is_trained_too_and_frozen_norms_rest():
+    free = dict(domain='blood', previous=OLD_PLAN, train=[r'neck\..*', r'backbone\.layer3\..*'])
+    options = dict(backbone={**retinanet_cfg()['backbone'], 'norm_eval': False})
+    model = build(
+        'retinanet', label_space=AFTER, moe=moe_specs('retinanet', PLAN), plan=PLAN,
+        newcomers=['blood'], adapt=free, **options,
+    )  # fmt: skip
     trained = {key for key, p in model.named_parameters() if p.requires_grad}
-    assert {key for key in trained if key.startswith('neck.')} == {
-        key for key, _ in model.named_parameters() if key.startswith('neck.')
-    }
-    model = build('retinanet', train_only=[r'backbone\.layer4\..*'], backbone=trainable_norms())
-    model.train()
+    named = {key for key, _ in model.named_parameters() if key.startswith('neck.')}
+    assert named <= trained and 'bbox_head.retina_cls.weight' not in trained
     norms = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
-    assert {n for n, m in norms.items() if m.training} == {n for n in norms if 'layer4' in n}
-    with pytest.raises(ValueError, match='match no parameter'):
-        build('retinanet', train_only=['nothing'])
-
-
-def trainable_norms():
-    from tiny_models import _RESNET
-
-    return {**_RESNET, 'norm_eval': False}
+    rest = {n for n, m in norms.items() if not m.training}
+    assert rest == {n for n in norms if '.experts.2.' not in n and 'layer3' not in n}
+    with pytest.raises(ValueError, match="no parameter is called 'nothing'"):
+        adapted('retinanet', adapt={**free, 'train': ['nothing']})
 
 
 def test_wrong_adaptations_are_refused():

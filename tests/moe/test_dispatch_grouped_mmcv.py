@@ -44,7 +44,7 @@ def test_an_ffn_takes_the_short_way_and_gives_what_it_gave(act):
 
 
 @pytest.mark.parametrize(
-    'options', [dict(ffn_drop=0.1), dict(dropout_layer=dict(type='DropPath', drop_prob=0.1))]
+    'options', [dict(ffn_drop=0.1), dict(dropout_layer=dict(type='Dropout', drop_prob=0.1))]
 )
 def test_a_dropout_that_is_on_takes_the_general_way(options):
     module = expert(**options)

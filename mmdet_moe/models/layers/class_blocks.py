@@ -45,10 +45,7 @@ class _Blocks(nn.Module):
         self.__dict__.update(own.__dict__)
         self.layout = layout
         self.newcomers = nn.ModuleDict(
-            {
-                name: _rows(dense, rows, layout.channels)
-                for name, rows in layout.blocks.items()
-            }
+            {name: _rows(dense, rows, layout.channels) for name, rows in layout.blocks.items()}
         )
 
     def _place(self, parts: Sequence[Tensor], dim: int) -> Tensor:

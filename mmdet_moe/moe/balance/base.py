@@ -150,7 +150,7 @@ class GateLoss(SummedLoss):
         if self.of == 'weights' and constant:
             raise ValueError(
                 f"{type(self).__name__}(of='weights') has nothing to move: with k=1 and "
-                f"renormalize=True every weight is 1. Use of='probabilities'"
+                f"renormalize={router.renormalize!r} every weight is 1. Use of='probabilities'"
             )
 
     def gate_sums(self, routing: Routing, context: RoutingContext, power: int = 1) -> Tensor:

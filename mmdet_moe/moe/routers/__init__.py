@@ -8,6 +8,7 @@ from mmdet_moe.moe.routers.moe_pp import MoEPPRouter
 from mmdet_moe.moe.routers.plan import PlanRouter
 from mmdet_moe.moe.routers.plan_prior import PlanPriorRouter
 from mmdet_moe.moe.routers.remoe import ReMoERouter
+from mmdet_moe.moe.routers.single import SingleRouter
 from mmdet_moe.moe.routers.sinkhorn import BASERouter, SinkhornRouter
 from mmdet_moe.moe.routers.soft import SoftMoERouter
 from mmdet_moe.moe.routers.switch import GShardRouter, SwitchRouter
@@ -26,6 +27,7 @@ __all__ = [
     'ReMoERouter',
     'Router',
     'SelectingRouter',
+    'SingleRouter',
     'SinkhornRouter',
     'SoftMoERouter',
     'SwitchRouter',

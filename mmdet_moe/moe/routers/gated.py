@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,18 @@ from torch.nn import functional as F
 from mmdet_moe.moe.routers.base import Router
 from mmdet_moe.moe.routing import Routing, RoutingContext, group_starts, on_host, own_places
 
+if TYPE_CHECKING:
+    from mmdet_moe.moe.layer import MoELayer
+
 KINDS = ('linear', 'cosine', 'conv')
 ACTIVATIONS = {'relu': F.relu}
+#: Whose items an expert's capacity is a share of.
+GROUPS = ('batch', 'image')
+CAPACITY_RULES = ('topk', 'gshard')
+#: What an expert takes of a group at least, in GShard's rule.
+GSHARD_MIN_CAPACITY = 4
+#: As ``renormalize``: the sum that the weights are divided by is a constant to the gradient.
+DETACHED = 'detached'
 
 
 class GatedRouter(Router):
@@ -221,10 +231,15 @@ class GatedRouter(Router):
 class SelectingRouter(GatedRouter):
     r"""Base of gated routers that give each item k experts, within a capacity if one is set.
 
-    With a capacity factor c an expert takes at most :math:`\lceil c\,T k / E \rceil` of the T items
-    of a call; what is over is dropped (:func:`drop_over_capacity`), and an item all of whose
-    choices are dropped gives zeros. Without one (the default) nothing is dropped, and what an item
-    becomes does not depend on the rest of its batch.
+    With a capacity factor c an expert takes at most C of each group of n items,
+
+    .. math:: C = \lceil c\,n k / E \rceil \;\text{(topk)}, \qquad
+        C = \max(\min(n, \lfloor c\,n / E \rfloor), 4) \;\text{(gshard)};
+
+    what is over is dropped (:func:`drop_over_capacity`), and an item all of whose choices are
+    dropped gives zeros. A group is all items of a call, or those of one image: then what an image
+    becomes does not depend on the rest of its batch. Without a factor (the default) nothing is
+    dropped.
 
     Args:
         in_channels: d.
@@ -237,10 +252,13 @@ class SelectingRouter(GatedRouter):
         test_capacity_factor: c in evaluation; None: dropless.
         prioritised: Over the capacity, keep the items whose first choice has the largest
             probability (batch-prioritised routing) and not those that come first.
+        group: What the capacity is of: 'batch', all items of a call, or 'image'.
+        capacity_rule: 'topk' or 'gshard', see above.
         options: Of :class:`GatedRouter`.
 
-    Source: capacity: Lepikhin et al. 2021 (GShard, arXiv 2006.16668), algorithm 1; priority:
-    Riquelme et al. 2021 (V-MoE, arXiv 2106.05974), section 4.1.
+    Source: capacity: Lepikhin et al. 2021 (GShard, arXiv 2006.16668), algorithm 1; its rule with
+    factors and a minimum: Li et al. 2022 (SF-MoE, arXiv 2206.04046 v2), code; priority: Riquelme et
+    al. 2021 (V-MoE, arXiv 2106.05974), section 4.1.
     """
 
     def __init__(
@@ -249,18 +267,30 @@ class SelectingRouter(GatedRouter):
         num_experts: int,
         k: int = 2,
         *,
-        renormalize: bool | None = None,
+        renormalize: bool | str | None = None,
         capacity_factor: float | None = None,
         test_capacity_factor: float | None = None,
         prioritised: bool = False,
+        group: str = 'batch',
+        capacity_rule: str = 'topk',
         **options: Any,
     ) -> None:
         super().__init__(in_channels, num_experts, **options)
         if not 1 <= k <= num_experts:
             raise self.refusal(f'k must be 1 to {num_experts} experts, got {k}')
         self.check_capacity(capacity_factor, test_capacity_factor, prioritised)
+        if isinstance(renormalize, str) and renormalize != DETACHED:
+            raise self.refusal(f'renormalize must be a bool or {DETACHED!r}, got {renormalize!r}')
+        if group not in GROUPS:
+            raise self.refusal(f'group must be one of {GROUPS}, got {group!r}')
+        if capacity_rule not in CAPACITY_RULES:
+            raise self.refusal(
+                f'capacity_rule must be one of {CAPACITY_RULES}, got {capacity_rule!r}'
+            )
         self.k = k
-        self.renormalize = k > 1 if renormalize is None else renormalize
+        self.renormalize: bool | str = k > 1 if renormalize is None else renormalize
+        self.group = group
+        self.capacity_rule = capacity_rule
         self.capacity_factor = capacity_factor
         self.test_capacity_factor = test_capacity_factor
         self.prioritised = prioritised
@@ -268,20 +298,31 @@ class SelectingRouter(GatedRouter):
     @property
     def keeps_dense_function(self) -> bool:
         dropless = self.capacity_factor is None and self.test_capacity_factor is None
-        return self.renormalize and dropless
+        return bool(self.renormalize) and dropless
+
+    def attach(self, layer: MoELayer) -> None:
+        """Refuse a capacity of each image where the items are the images."""
+        super().attach(layer)
+        if self.group == 'image' and layer.granularity == 'image':
+            raise self.refusal(
+                f"group='image' needs tokens as items, those of {layer.name!r} are whole images; "
+                f"group='batch'"
+            )
 
     def capacity(self, num_items: int, training: bool) -> int | None:
-        """Items an expert may take, or None for any number."""
+        """Items of a group of ``num_items`` that an expert may take, or None for any number."""
         factor = self.capacity_factor if training else self.test_capacity_factor
         if factor is None:
             return None
+        if self.capacity_rule == 'gshard':
+            return gshard_capacity(num_items, self.num_experts, factor)
         return expert_capacity(num_items, self.num_experts, self.k, factor)
 
     def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
         """The softmax over the chosen, without ``renormalize`` their entries of the full one."""
-        if self.renormalize:
+        if self.renormalize is True:
             return super().weigh(logits, experts)
-        return logits.softmax(1).gather(1, experts)
+        return chosen_entries(logits.softmax(1), experts, self.renormalize)
 
     def assign(
         self,
@@ -308,14 +349,17 @@ class SelectingRouter(GatedRouter):
             if not on_host(closed) or bool(closed.any()):
                 indices = indices.masked_fill(closed, -1)
                 dropping = True
-        capacity = self.capacity(indices.shape[0], context.training)
+        per_group = context.num_items
+        if self.group == 'image':
+            per_group //= max(context.num_images, 1)
+        capacity = self.capacity(per_group, context.training)
         if capacity is not None:
             priority = None
             if self.prioritised:
                 # The gate's own word: renormalised weights of one choice are all 1.
                 gates = record['probabilities'].detach()
                 priority = gates.gather(1, indices[:, :1]).squeeze(1)
-            indices = drop_over_capacity(indices, capacity, self.num_experts, priority)
+            indices = drop_over_capacity(indices, capacity, self.num_experts, priority, per_group)
             dropping = True
         return Routing.from_topk(weights, indices, self.num_experts, dropping=dropping, **record)
 
@@ -323,6 +367,7 @@ class SelectingRouter(GatedRouter):
         parts = [super().extra_repr(), f'k={self.k}', f'renormalize={self.renormalize}']
         if self.capacity_factor is not None or self.test_capacity_factor is not None:
             parts.append(f'capacity={self.capacity_factor}/{self.test_capacity_factor}')
+            parts.append(f'of each {self.group} by {self.capacity_rule}')
         return ', '.join(parts)
 
 
@@ -353,10 +398,12 @@ def mean_of_conv(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(means.flatten(1), weight.flatten(1), bias)
 
 
-def chosen_entries(values: Tensor, experts: Tensor, renormalize: bool) -> Tensor:
+def chosen_entries(values: Tensor, experts: Tensor, renormalize: bool | str) -> Tensor:
     """(T, n) of (T, E) values those of the chosen experts, scaled to sum to 1 with
-    ``renormalize``."""
+    ``renormalize``; 'detached': by a number that has no gradient."""
     weights = values.gather(1, experts)
+    if renormalize == DETACHED:
+        return weights / weights.detach().sum(1, keepdim=True).clamp(min=1e-30)
     return weights / (weights.sum(1, keepdim=True) + 1e-9) if renormalize else weights
 
 
@@ -381,8 +428,23 @@ def expert_capacity(num_items: int, num_experts: int, k: int, factor: float) -> 
     return min(num_items, math.ceil(factor * num_items * k / num_experts - 1e-9))
 
 
+def gshard_capacity(num_items: int, num_experts: int, factor: float) -> int:
+    """max(min(T, floor(factor · T / E)), 4): the choices per item do not count.
+
+    Example:
+        >>> gshard_capacity(197, 6, 1.25), gshard_capacity(197, 6, 2.0), gshard_capacity(10, 6, 1.0)
+        (41, 65, 4)
+    """
+    share = math.floor(factor * num_items / num_experts + 1e-9)
+    return max(min(num_items, share), GSHARD_MIN_CAPACITY)
+
+
 def drop_over_capacity(
-    indices: Tensor, capacity: int | Tensor, num_experts: int, priority: Tensor | None = None
+    indices: Tensor,
+    capacity: int | Tensor,
+    num_experts: int,
+    priority: Tensor | None = None,
+    per_group: int | None = None,
 ) -> Tensor:
     """Put -1 for every choice that comes to an expert after it is full.
 
@@ -395,6 +457,8 @@ def drop_over_capacity(
         capacity: Items an expert takes: one number, or (E,) of them.
         num_experts: E.
         priority: (T,) larger is served earlier; None: in order of position.
+        per_group: n: the first n items, the next n and so on have the capacity for themselves;
+            None: all items are one group.
 
     Returns:
         (T, k) like ``indices``.
@@ -406,6 +470,16 @@ def drop_over_capacity(
                 [ 1, -1]])
     """
     num_items, k = indices.shape
+    if per_group and per_group < num_items:
+        # As if every group had experts of its own.
+        groups = num_items // per_group
+        first = torch.arange(groups, device=indices.device) * num_experts
+        own = indices + first.repeat_interleave(per_group)[:, None]
+        if isinstance(capacity, Tensor):
+            capacity = capacity.repeat(groups)
+        own = torch.where(indices < 0, -1, own)
+        kept = drop_over_capacity(own, capacity, groups * num_experts, priority)
+        return torch.where(kept < 0, -1, indices)
     order = None if priority is None else priority.argsort(descending=True, stable=True)
     ranked = indices if order is None else indices[order]
     queue = ranked.t().reshape(-1)  # first choices, then second ones

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from mmdet_moe.moe.registry import ROUTERS
-from mmdet_moe.moe.routers.gated import SelectingRouter
+from mmdet_moe.moe.routers.gated import DETACHED, SelectingRouter, chosen_entries
 from mmdet_moe.moe.routers.plan import PlanRouter
 from mmdet_moe.moe.routing import Routing, RoutingContext, to_device
 
@@ -66,7 +66,7 @@ class PlanPriorRouter(SelectingRouter):
         *,
         smoothing: float = 0.01,
         domains: str = 'train',
-        renormalize: bool | None = None,
+        renormalize: bool | str | None = None,
         **options: Any,
     ) -> None:
         if domains not in DOMAINS:
@@ -112,7 +112,8 @@ class PlanPriorRouter(SelectingRouter):
         logits = context.constrain(logits + prior)
         p = logits.softmax(1)
         chosen, indices = logits.topk(self.k, dim=1)
-        weights = p.gather(1, indices)
-        if self.renormalize:
-            weights = chosen.softmax(1) if self.k > 1 else weights / weights.detach()
+        if self.renormalize is True and self.k > 1:
+            weights = chosen.softmax(1)
+        else:
+            weights = chosen_entries(p, indices, DETACHED if self.renormalize else False)
         return self.assign(weights, indices, context, logits=logits, probabilities=p)

@@ -39,10 +39,10 @@ class SinkhornRouter(SelectingRouter):
         k: int = 1,
         *,
         iterations: int = 8,
-        renormalize: bool | None = None,
+        renormalize: bool | str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(in_channels, num_experts, k, renormalize=bool(renormalize), **options)
+        super().__init__(in_channels, num_experts, k, renormalize=renormalize or False, **options)
         if iterations < 1:
             raise self.refusal(f'iterations must be >= 1, got {iterations}')
         self.iterations = iterations

@@ -1,0 +1,4 @@
+# One KAdaptation (Kronecker) adapter beside each qkv layer of blocks 1, 3, ..., 11.
+_base_ = ['./vit-b16-clip_full.py', '../_base_/moa.py']
+model = dict(moe=[_base_.kadaptation], freeze_others=_base_.head_only)
+custom_hooks = [*_base_.custom_hooks, _base_.adapter_hook]

@@ -1,0 +1,77 @@
+"""A ViT on a CNN's maps: what it computes, what is frozen, where MoE goes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip('mmpretrain')
+
+from mmengine.registry import init_default_scope
+
+from mmdet_moe.models import HybridVisionTransformer
+from mmdet_moe.registry import MODELS
+
+ARCH = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
+STEM = dict(type='mmdet_moe.EfficientNetLite', out_indices=(1,), frozen_stages=2)
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    init_default_scope('mmpretrain')
+
+
+def build(**options):
+    torch.manual_seed(0)
+    cfg = dict(type='mmdet_moe.HybridVisionTransformer', stem=STEM, img_size=32, arch=ARCH)
+    model = MODELS.build({**cfg, **options})
+    model.init_weights()
+    return model
+
+
+def images(side=32):
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def test_it_is_mmpretrains_vit_of_the_stems_map():
+    from mmpretrain.models import VisionTransformer
+
+    model = build()
+    model.eval()
+    # Stride 4: 8 x 8 places of 24 channels, a token each, and the class token.
+    assert model.pos_embed.shape == (1, 8 * 8 + 1, 32)
+    plain = VisionTransformer(arch=ARCH, img_size=8, patch_size=1, in_channels=24)
+    plain.eval()
+    shared = {k: v for k, v in model.state_dict().items() if not k.startswith('stem.')}
+    plain.load_state_dict(shared, strict=True)
+    with torch.no_grad():
+        (expected,) = plain(model.stem(images())[-1])
+        (got,) = model(images())
+        (larger,) = model(images(64))
+    assert torch.equal(got, expected) and got.shape == larger.shape == (2, 32)
+
+
+def test_several_places_make_a_token():
+    assert build(patch_size=2).pos_embed.shape == (1, 4 * 4 + 1, 32)
+
+
+def test_a_frozen_stem_neither_learns_nor_moves_its_statistics():
+    model = build()
+    model.train()
+    before = {k: v.clone() for k, v in model.stem.state_dict().items()}
+    model(images())[0].square().sum().backward()
+    assert all(p.grad is None for p in model.stem.parameters())
+    assert model.patch_embed.projection.weight.grad.abs().sum() > 0
+    assert all(torch.equal(v, before[k]) for k, v in model.stem.state_dict().items())
+
+
+def test_layer_wise_rates_know_the_stem():
+    model = build()
+    assert model.get_layer_depth('backbone.stem.stem_conv.weight', 'backbone.') == (0, 4)
+    assert model.get_layer_depth('backbone.layers.1.ln1.weight', 'backbone.') == (2, 4)
+
+
+def test_a_stem_without_a_map_is_refused():
+    stem = torch.nn.Sequential(torch.nn.Flatten())
+    with pytest.raises(ValueError, match='the stem Sequential must give a tuple of maps'):
+        HybridVisionTransformer(stem, img_size=8, arch=ARCH)

@@ -1,0 +1,186 @@
+"""MoA in mmpretrain's ViT: configs, what trains, checkpoints of adapters alone, merging."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip('mmpretrain')
+
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope, init_default_scope
+from mmpretrain.registry import MODELS
+from mmpretrain.structures import DataSample
+
+import mmdet_moe  # noqa: F401 - lets configs name mmdet_moe::
+from mmdet_moe.moe import AdapterLayer, adapter_layers, count_parameters, merged_state_dict
+
+CONFIGS = Path(__file__).parents[2] / 'configs/dg'
+KINDS = ('full', 'lora', 'kadaptation', 'lora-moa', 'kadaptation-moa')
+SMALL = dict(embed_dims=128, num_layers=4, num_heads=4, feedforward_channels=64)
+FROZEN = ('full',)
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    MMLogger.get_current_instance().setLevel('WARNING')
+    init_default_scope('mmpretrain')
+    yield
+    DefaultScope._instance_dict.clear()
+
+
+@functools.cache
+def _read(name: str) -> Config:
+    return Config.fromfile(CONFIGS / f'{name}.py', format_python_code=False)
+
+
+def small(kind: str) -> Config:
+    """The config with a ViT of 4 blocks, as it is initialised."""
+    cfg = copy.deepcopy(_read(f'vit-b16-clip_{kind}'))
+    cfg.model.backbone.update(arch=SMALL, img_size=32, init_cfg=None)
+    cfg.model.head.update(
+        in_channels=128, init_cfg=dict(type='TruncNormal', layer='Linear', std=0.2)
+    )
+    return cfg
+
+
+def build(cfg: Config, seed: int = 0):
+    torch.manual_seed(seed)
+    model = MODELS.build(cfg.model)
+    torch.manual_seed(seed)
+    model.init_weights()
+    return model
+
+
+def batch_of(size: int = 4):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 255, (size, 3, 32, 32), generator=generator).byte()
+    samples = []
+    for i in range(size):
+        sample = DataSample().set_gt_label(i % 6)
+        sample.set_metainfo(dict(domain=f'style{i % 2}', img_shape=(32, 32)))
+        samples.append(sample)
+    return dict(inputs=list(images), data_samples=samples)
+
+
+def train(model, cfg, steps=2):
+    model.train()
+    optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    for _ in range(steps):  # adapters' first factors get no gradient while the second are zero
+        log = model.train_step(batch_of(), optim_wrapper)
+        assert all(torch.isfinite(torch.as_tensor(value)).all() for value in log.values())
+    return log
+
+
+def features(model):
+    model.eval()
+    with torch.no_grad():
+        return torch.stack([sample.pred_score for sample in model.test_step(batch_of())])
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_config_trains_what_it_should_and_nothing_else(kind):
+    cfg = small(kind)
+    model = build(cfg)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    log = train(model, cfg)
+    moved = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
+    layers = adapter_layers(model)
+    assert {'head.layers.head.weight', 'head.layers.head.bias'} <= moved
+    if kind == 'full':
+        assert not layers and len(moved) > 40
+        return
+    assert list(layers) == ['backbone.layers.0.attn.qkv', 'backbone.layers.2.attn.qkv']
+    others = {key for key in moved if not key.startswith((*layers, 'head.'))}
+    assert not others
+    assert not any(key.endswith('base.weight') for key in moved)
+    assert any(key.endswith('base.bias') for key in moved) is kind.startswith('kadaptation')
+    assert any('.experts.' in key for key in moved)
+    assert any('.router.' in key for key in moved) is kind.endswith('moa')
+    assert ('loss_moe_importance' in log and 'loss_moe_load' in log) is kind.endswith('moa')
+    assert model.training and count_parameters(model).others == 6 * 128 + 6
+
+
+@pytest.mark.parametrize('kind', KINDS[1:])
+def test_step_0_is_the_pretrained_model_bit_for_bit(kind):
+    assert torch.equal(features(build(small(kind))), features(build(small('full'))))
+
+
+@pytest.mark.parametrize('kind', ['lora-moa', 'kadaptation-moa'])
+def test_vit_b_trains_as_many_parameters_as_published(kind):
+    """1.46 M and 1.49 M: adapters, the u and v and the biases that train with KAdaptation, routers;
+    without the head. tests/moe/test_adapters.py has the arithmetic."""
+    cfg = copy.deepcopy(_read(f'vit-b16-clip_{kind}'))
+    with torch.device('meta'):
+        counts = count_parameters(MODELS.build(cfg.model))
+    assert counts.others == 768 * 6 + 6
+    published = {'lora-moa': 1.46, 'kadaptation-moa': 1.49}[kind]
+    assert round((counts.adapters + counts.routers) / 1e6, 2) == published
+    assert round(0.79, 2) <= 6 * 768 * 256 / (counts.adapters + counts.routers) < 0.81
+    assert '1,4' in str(counts) and 'parameters train' in str(counts)
+
+
+def test_the_counts_are_in_the_log(monkeypatch):
+    said = []
+    monkeypatch.setattr('mmdet_moe.models.moe_mixin.print_log', lambda text, **_: said.append(text))
+    model = build(small('lora-moa'))
+    assert said == [str(count_parameters(model))]
+
+
+@pytest.mark.parametrize('kind', KINDS[1:])
+def test_a_dense_checkpoint_loads_into_a_model_with_adapters(kind, tmp_path):
+    from mmengine.runner import load_checkpoint
+
+    from mmdet_moe.models.checkpoint import fit_checkpoint
+
+    dense, model = build(small('full'), seed=3), build(small(kind))
+    torch.save(dict(state_dict=dense.state_dict()), tmp_path / 'dense.pth')
+    load_checkpoint(model, str(tmp_path / 'dense.pth'), strict=True)
+    assert torch.equal(features(model), features(dense))
+    fitted, report = fit_checkpoint(build(small(kind)), dense.state_dict())
+    assert (
+        report.upcycled == list(adapter_layers(model))
+        and fitted.keys() == dense.state_dict().keys()
+    )
+
+
+@pytest.mark.parametrize('kind', ['lora', 'kadaptation'])
+def test_a_single_adapter_merges_into_mmpretrains_own_classifier(kind):
+    cfg = small(kind)
+    model = build(cfg)
+    train(model, cfg, steps=3)
+    stock_cfg = copy.deepcopy(small('full').model)
+    stock_cfg.type = 'ImageClassifier'
+    stock = MODELS.build(stock_cfg)
+    stock.load_state_dict(merged_state_dict(model))  # strictly
+    torch.testing.assert_close(features(stock), features(model), rtol=1e-6, atol=1e-6)
+
+
+def test_freeze_others_names_what_matches_nothing():
+    cfg = small('lora')
+    cfg.model.freeze_others = dict(train=[r'neck\..*'])
+    with pytest.raises(ValueError, match=r"no parameter is called 'neck"):
+        build(cfg)
+    cfg.model.freeze_others = dict(head=True)
+    with pytest.raises(ValueError, match='must be a bool or dict'):
+        build(cfg)
+
+
+def test_an_ema_copy_keeps_one_pair_of_kronecker_factors():
+    from mmengine.model import ExponentialMovingAverage
+
+    model = build(small('kadaptation-moa'))
+    average = ExponentialMovingAverage(model)
+    twin = average.module
+    experts = [
+        e for layer in twin.modules() if isinstance(layer, AdapterLayer) for e in layer.experts
+    ]
+    owner = twin.get_submodule('backbone.layers.0.attn.qkv').kronecker
+    assert len(experts) == 8 and all(expert.kronecker is owner for expert in experts)
+    average.update_parameters(model)
