@@ -132,7 +132,8 @@ def _choose(
     """The newcomer's expert, or 'new'."""
     if expert == NEW:
         return NEW
-    room = previous.capacity * (1 + LOAD_TOLERANCE) - previous.loads()
+    left = previous.capacity - previous.loads()
+    room = left + previous.capacity * LOAD_TOLERANCE
     if expert is None:
         fits = [j for j in range(len(previous.experts)) if demand <= room[j]]
         return previous.experts[max(fits, key=lambda j: row[j])] if fits else NEW
@@ -142,6 +143,6 @@ def _choose(
     if demand > room[j]:
         raise InfeasibleError(
             f'{name!r} needs {checks.number(demand)}, expert {expert!r} has room for '
-            f'{checks.number(max(float(room[j]), 0.0))}; give it a new one'
+            f'{checks.number(max(float(left[j]), 0.0))}; give it a new one'
         )
     return expert
