@@ -68,6 +68,8 @@ class MoERetinaHead(MultiDomainRetinaHead):
     Source: Pavlitska et al. (arXiv 2204.10598), RetinaNet experiments.
     """
 
+    places = PLACES
+
     def __init__(self, *args: Any, mix: str = 'probability', **kwargs: Any) -> None:
         if mix not in MIXES:
             raise ValueError(f'MoERetinaHead: mix must be one of {MIXES}, got {mix!r}')
