@@ -4,14 +4,15 @@ After ``python tools/mini_uodb.py --data DATA --suite retinanet --hold-out bccd`
 
     python tools/fewshot.py --data DATA --base work_dirs/mini_uodb/retinanet-without-bccd-seed0
 
-For each number of shots per class: draw them (``tools/fewshot_split.py``), plan with the old map
-held, adapt GEM (a new expert and the newcomer's class rows, all else frozen), DAMEX (experts,
-router and those rows) and the dense twin (everything), test all five domains. Shots are numbers, or
-``all`` for the whole training set.
+Draw the shots (``tools/fewshot_split.py``), let the newcomer join the plan by the fewest of them,
+the old map held. For each number of shots per class adapt GEM (a new expert and the newcomer's
+class rows, all else frozen), DAMEX (experts, router and those rows) and the dense twin
+(everything), and test the newcomer. The domains before it are tested after the last number of
+shots, or after each (``--old each``). Shots are numbers, or ``all`` for the whole training set.
 
-Everything is left in ``work_dirs/fewshot/<detector>-seed<N>``: the shots, a plan for each number,
-the models, their metrics, the table ``results.json`` and ``results.md``, the curves ``shots.png``,
-all output in ``steps.log``. Steps whose inputs have not changed are not done again.
+Everything is left in ``work_dirs/fewshot/<detector>-seed<N>``: the shots, the plan, the models,
+their metrics, the table ``results.json`` and ``results.md``, the curves ``shots.png``, all output
+in ``steps.log``. Steps whose inputs have not changed are not done again.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def run(
     budget: Budget,
     seed: int,
     others: str,
+    old: str,
 ) -> int:
     """All steps; the exit code."""
     source = data / NEWCOMER / 'train.json'
@@ -79,9 +81,11 @@ def run(
             [drawn[str(k)] for k in numbers],
         )
     runs: dict[str, dict[str, Adapted]] = {name: {} for name in models}
+    own = {'MINI_UODB_PLAN': str(out / 'plan.json')}
+    fewest = min(shots, key=lambda k: float('inf') if k == ALL else int(k))
+    make_plan(job_steps, CONFIG.format('gem', detector), {**own, 'SHOTS': str(drawn[fewest])})
     for k in shots:
-        own = {'SHOTS': str(drawn[k]), 'MINI_UODB_PLAN': str(out / f'plan-{k}.json')}
-        make_plan(job_steps, CONFIG.format('gem', detector), k, own)
+        own['SHOTS'] = str(drawn[k])
         for name in models:
             config, folder = CONFIG.format(name, detector), out / f'{name}-{k}'
             env = {**own, 'BASE_CHECKPOINT': str(checkpoints[name])}
@@ -91,19 +95,21 @@ def run(
             what = f'test {name} after {k} shots'
             folder = out / f'test-{name}-{k}'
             options = budget.test_options()
-            metrics = job.test(job_steps, what, config, checkpoint, folder, options, env)
-            found = domain_aps(metrics)
+            domains = [NEWCOMER] if old == 'last' and k != shots[-1] else []
+            found = domain_aps(
+                job.test(job_steps, what, config, checkpoint, folder, options, env, domains)
+            )
             runs[name][k] = Adapted(found.pop(NEWCOMER), found)
     report(out, runs, before)
     return 0
 
 
-def make_plan(steps: job.Steps, config: str, k: str, env: Mapping[str, str]) -> None:
+def make_plan(steps: job.Steps, config: str, env: Mapping[str, str]) -> None:
     """The step that lets the newcomer join the held plan."""
     path = Path(env['MINI_UODB_PLAN'])
     steps.step(
-        f'plan {k}',
-        f'plan with the old map held, {k} shots',
+        'plan',
+        'plan with the old map held',
         lambda _: steps.run(
             'tools/plan_experts.py', config, '--out', str(path), show=job.everything, env=dict(env)
         ),
@@ -151,23 +157,20 @@ def report(
 ) -> None:
     """Print the table; write it as JSON and Markdown, and the picture."""
     head = ('model', 'shots', f'{NEWCOMER} AP', 'others before', 'after', 'change', 'worst')
-    rows, content = [], []
+    rows: list[Sequence[str]] = []
+    content = []
     for name, of in runs.items():
         mean = sum(before[name].values()) / len(before[name])
         for k, found in of.items():
-            change = {d: found.old[d] - ap for d, ap in before[name].items()}
-            worst = min(change, key=lambda d: change[d])
-            rows.append(
-                (
-                    name,
-                    k,
-                    f'{100 * found.new:.1f}',
-                    f'{100 * mean:.1f}',
-                    f'{100 * found.mean_old:.1f}',
-                    f'{100 * (found.mean_old - mean):+.1f}',
-                    f'{worst} {100 * change[worst]:+.1f}',
-                )
-            )
+            row = [name, k, f'{100 * found.new:.1f}', f'{100 * mean:.1f}']
+            if found.mean_old is None:
+                row += ['', '', '']
+            else:
+                change = {d: found.old[d] - ap for d, ap in before[name].items()}
+                worst = min(change, key=lambda d: change[d])
+                row += [f'{100 * found.mean_old:.1f}', f'{100 * (found.mean_old - mean):+.1f}']
+                row.append(f'{worst} {100 * change[worst]:+.1f}')
+            rows.append(row)
             content.append(
                 dict(
                     model=name,
@@ -198,6 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--size', type=int, default=Budget().size, help="as the base run's, px")
     parser.add_argument('--seed', type=int, default=0, help='of shots and training (default: 0)')
     parser.add_argument('--others', choices=OTHERS, default='ignore', help='see fewshot_split.py')
+    parser.add_argument('--old', choices=('last', 'each'), default='last', help='see above')
     parser.add_argument('--out', help='default: work_dirs/fewshot/<detector>-seed<N>')
     args = parser.parse_args(argv)
     models = args.models or list(MODELS[args.detector])
@@ -215,7 +219,16 @@ def main(argv: list[str] | None = None) -> int:
     return job.call(
         'fewshot',
         lambda: run(
-            data, base, out, args.detector, models, args.shots, budget, args.seed, args.others
+            data,
+            base,
+            out,
+            args.detector,
+            models,
+            args.shots,
+            budget,
+            args.seed,
+            args.others,
+            args.old,
         ),
     )
 

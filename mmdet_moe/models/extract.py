@@ -18,11 +18,12 @@ import torch
 from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks.transformer import FFN
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from mmdet_moe.moe import MoELayer, PlanRouter
 from mmdet_moe.moe.layer import OWN_CHILDREN
-from mmdet_moe.registry import MODELS
+from mmdet_moe.registry import MODELS, SCOPE
 
 from .backbones.efficientnet_lite import EfficientNetLite
 from .domain_classes import MultiDomainHeadMixin
@@ -56,7 +57,8 @@ def extract_domain(
         ExtractionError: There is no exact one.
     """
     cfg = Config(copy.deepcopy(dict(cfg)))
-    model = MODELS.build(copy.deepcopy(cfg.model))
+    with DefaultScope.overwrite_default_scope(SCOPE):
+        model = MODELS.build(copy.deepcopy(cfg.model))
     if not isinstance(model, MoEMixin) or model.label_space is None:
         raise ExtractionError('the config is no detector of several domains (label_space)')
     model.load_state_dict(state_dict, strict=True)
@@ -200,9 +202,7 @@ def _cut_rows(model: MoEMixin, state: dict[str, Tensor], domain: str) -> dict[st
     cut = dict(state)
     for key, value in state.items():
         module, _, part = key.rpartition('.')
-        owner = next(
-            (p for p in rows if p not in blocks and re.fullmatch(p, module)), None
-        )
+        owner = next((p for p in rows if p not in blocks and re.fullmatch(p, module)), None)
         if owner is None:
             if any(re.fullmatch(pattern, module) for pattern in blocks):
                 del cut[key]

@@ -18,16 +18,16 @@ class Adapted:
 
     Attributes:
         new: AP of the newcomer, 0 to 1.
-        old: AP after adapting, of each domain before it.
+        old: AP after adapting, of each domain before it; empty where they were not tested.
     """
 
     new: float
     old: Mapping[str, float]
 
     @property
-    def mean_old(self) -> float:
+    def mean_old(self) -> float | None:
         """Mean AP of the domains before it."""
-        return sum(self.old.values()) / len(self.old)
+        return sum(self.old.values()) / len(self.old) if self.old else None
 
 
 def draw_shots(
@@ -53,7 +53,8 @@ def draw_shots(
         places = [shots.index(k) for k in of]
         style = dict(marker='o', color=f'C{number}')
         left.plot(places, [100 * found.new for found in of.values()], label=model, **style)
-        right.plot(places, [100 * found.mean_old for found in of.values()], label=model, **style)
+        after = [(shots.index(k), x.mean_old) for k, x in of.items() if x.mean_old is not None]
+        right.plot([x for x, _ in after], [100 * ap for _, ap in after], **style)
         mean = sum(before[model].values()) / len(before[model])
         right.axhline(100 * mean, color=f'C{number}', linestyle=':', linewidth=1)
     left.set_ylabel(f'AP of {newcomer}')

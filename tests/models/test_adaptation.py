@@ -102,7 +102,7 @@ def test_old_domains_are_detected_bit_identically_before_and_after_adapting(kind
     for batch, expected in zip(batches, before, strict=True):
         assert_identical(expected, detections(new, *batch))
     # blood itself is detected otherwise than before, in its own three classes.
-    (boxes, scores, names), (boxes2, scores2, _) = first[0], detections(new, 'blood')[0]
+    (_, scores, names), (_, scores2, _) = first[0], detections(new, 'blood')[0]
     assert set(names) <= set(DOMAINS['blood']) and not torch.equal(scores, scores2)
 
 

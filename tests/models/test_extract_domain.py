@@ -20,7 +20,7 @@ from mmdet_moe.registry import MODELS
 MIXED = ExpertPlan.from_assignment({'street': ['e0', 'e1'], 'blood': 'e1', 'yard': 'e2'})
 ONE = ExpertPlan.from_assignment({'street': 'e0', 'blood': 'e1', 'yard': 'e2'})
 
-STOCK = '''
+STOCK = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
@@ -39,15 +39,16 @@ from mmdet.structures import DetDataSample
 torch.set_num_threads(1)
 folder = sys.argv[1]
 given = torch.load(folder + '/given.pth', weights_only=False)
-model = init_detector(folder + '/plain.py', folder + '/plain.pth', device='cpu')
+model = init_detector(folder + '/plain.py', folder + '/plain.pth', device='cpu', palette='random')
 assert not any('mmdet_moe' in type(m).__module__ for m in model.modules())
 samples = [DetDataSample(metainfo=meta) for meta in given['metas']]
 with torch.no_grad():
     found = model.predict(given['images'], samples)
-torch.save([{k: getattr(s.pred_instances, k) for k in ('bboxes', 'scores', 'labels')} for s in found],
-           folder + '/found.pth')
+keys = ('bboxes', 'scores', 'labels')
+found = [{k: getattr(s.pred_instances, k) for k in keys} for s in found]
+torch.save(found, folder + '/found.pth')
 print(model.dataset_meta['classes'])
-'''
+"""
 
 
 def spread(model):
@@ -91,11 +92,13 @@ def plainly(plain, state):
 
 
 @pytest.mark.parametrize('kind', CONFIGS)
-@pytest.mark.parametrize('domain', DOMAINS)
+@pytest.mark.parametrize('domain', ['street', 'blood'])
 def test_extracted_detector_detects_what_the_gem_model_detects(kind, domain):
     specs = moe_specs(kind, ONE)
     model = spread(build(kind, moe=specs))
-    cfg = config_of(kind, moe=[{**s, 'router': {**s['router'], 'plan': ONE.to_dict()}} for s in specs])
+    cfg = config_of(
+        kind, moe=[{**s, 'router': {**s['router'], 'plan': ONE.to_dict()}} for s in specs]
+    )
     plain, state, classes = extract_domain(cfg, model.state_dict(), domain)
     assert classes == tuple(DOMAINS[domain])
     expected = detect(model, domain)
@@ -141,7 +144,10 @@ def test_mixed_linear_experts_fold_and_mixed_convolutions_with_a_norm_do_not():
 
 def test_learned_routers_and_bypasses_are_refused_with_the_reason():
     for extra, why in (
-        (dict(router=dict(type='TopKRouter', k=1), num_experts=2), 'chooses experts by what it sees'),
+        (
+            dict(router=dict(type='TopKRouter', k=1), num_experts=2),
+            'chooses experts by what it sees',
+        ),
         (dict(router=dict(type='PlanRouter', plan=ONE.to_dict()), bypass=True), 'has a bypass'),
     ):
         specs = [dict(targets=r'backbone\.layer4', **extra)]
@@ -182,7 +188,6 @@ def test_stock_mmdet_loads_it_in_a_process_that_cannot_import_this_package(kind,
 
 def run_stock(plain, state, classes, folder: Path):
     """Detections of two images in a process without mmdet_moe."""
-    plain = Config({**plain.to_dict(), 'test_dataloader': dict(dataset=dict(pipeline=[]))})
     (folder / 'plain.py').write_text(plain.pretty_text)
     meta = dict(dataset_meta=dict(classes=classes))
     torch.save(dict(state_dict=state, meta=meta), folder / 'plain.pth')
