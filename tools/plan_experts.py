@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     add('--together', action='append', metavar='A,B', help='datasets to keep together; repeatable')
     add('--previous', help='earlier plan to move away from as little as pays')
     add('--move-penalty', type=float, help='affinity that a move must gain (default 0)')
+    add(
+        '--held', action='store_true', default=None, help='nothing moves: newcomers join --previous'
+    )
+    add(
+        '--expert', help="of newcomers to a held plan: an expert's name, or new (default: the best)"
+    )
     add('--seed', type=int, help='random seed (default 0)')
     add('--embedder', help='config file (.py, .json) with the frozen embedder, embedder = dict(..)')
     add('--device', help='device of the embedder (default: cuda where there is one)')

@@ -263,6 +263,7 @@ def test(
     folder: Path,
     options: Sequence[str] = (),
     env: dict[str, str] | None = None,
+    domains: Sequence[str] = (),
 ) -> dict[str, float]:
     """The step that tests a checkpoint; returns its metrics, ``<folder>/metrics.json`` has them."""
     result = folder / 'metrics.json'
@@ -270,10 +271,11 @@ def test(
     def action(_: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         arguments = ['tools/test.py', config, str(checkpoint), '--work-dir', str(folder)]
+        arguments += ['--domains', *domains] if domains else []
         arguments += ['--cfg-options', *options] if options else []
         steps.run(*arguments, '--out-json', str(result), show=progress, env=env)
 
-    inputs = f'{config} {[*options]} {[*(env or {}).items()]}'
+    inputs = f'{config} {[*options]} {[*(env or {}).items()]} {[*domains]}'
     steps.step(f'test {folder.name}', what, action, inputs, [result])
     return json.loads(result.read_text())['metrics']
 

@@ -10,6 +10,7 @@
 
 ``--both-readings`` adds ``bccd/unrestricted/coco/bbox_mAP`` and so on: where the classes of all
 domains compete.
+``--domains`` tests some of the domains only.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--work-dir', help='folder for the log')
     parser.add_argument('--out-json', metavar='FILE', help='write the metrics there')
     parser.add_argument('--out', metavar='FILE.pkl', help='write the predictions there')
+    parser.add_argument('--domains', nargs='+', metavar='NAME', help='test these domains only')
     parser.add_argument('--show', action='store_true', help='show detections')
     parser.add_argument('--show-dir', help='folder below the log for pictures of detections')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds each is shown')
@@ -83,9 +85,29 @@ def read_config(args: argparse.Namespace) -> Config:
         if args.tta:
             raise ValueError('--both-readings: augmented tests merge one reading only')
         cfg.model.both_readings = True
+    if args.domains is not None:
+        choose_domains(cfg, args.domains)
     if args.tta:
         use_tta(cfg)
     return cfg
+
+
+def choose_domains(cfg: Config, names: list[str]) -> None:
+    """Leave the test data and metrics of the other domains out.
+
+    Raises:
+        SystemExit: The test data have no domain of that name.
+    """
+    dataset = cfg.test_dataloader.dataset
+    while 'domains' not in dataset and 'dataset' in dataset:
+        dataset = dataset.dataset
+    known = list(dataset.get('domains', ()))
+    for name in names:
+        if name not in known:
+            sys.exit(f'test: --domains: {name!r} is none of the tested domains {known}')
+    for section in (dataset.domains, cfg.test_evaluator.metrics):
+        for name in [name for name in section if name not in names]:
+            del section[name]
 
 
 def use_tta(cfg: Config) -> None:

@@ -37,6 +37,7 @@ from mmdet_moe.planning import (
     NoPlanFoundError,
     PlanError,
     PlanningProblem,
+    add_newcomer,
     checks,
     plan_experts,
 )
@@ -83,6 +84,10 @@ class PlannerOptions:
         together: Groups of datasets that must share.
         previous: An earlier plan to move away from as little as pays.
         move_penalty: What a move must gain in affinity to be worth it.
+        held: No dataset of the earlier plan moves: those of the config that it has not join it, see
+            :func:`~mmdet_moe.planning.add_newcomer`. Its datasets need not be in the config.
+        expert: Of newcomers to a held plan: the name of an earlier expert, ``'new'`` (one each), or
+            None: the best with room.
         exact: Prove optimality, or say that it could not be proven.
         time_limit: Safety net of the planner in seconds.
         device: Of the embedder. Default: ``cuda`` where there is one.
@@ -103,6 +108,8 @@ class PlannerOptions:
     together: Sequence[Sequence[str]] = ()
     previous: str | None = None
     move_penalty: float = 0.0
+    held: bool = False
+    expert: str | None = None
     exact: bool = False
     time_limit: float | None = None
     device: str | None = None
@@ -115,6 +122,10 @@ class PlannerOptions:
         checks.integer(self.seed, 'seed', 0)
         if self.demand not in DEMANDS:
             raise PlanError(f'demand must be one of {", ".join(DEMANDS)}, got {self.demand!r}')
+        if self.held and self.previous is None:
+            raise PlanError('held=True holds the map of an earlier plan: give previous=...')
+        if self.expert is not None and not self.held:
+            raise PlanError(f'expert={self.expert!r} is for newcomers to a held plan: held=True')
         if self.affinity not in AFFINITIES and not Path(self.affinity).suffix:
             raise PlanError(
                 f'affinity must be {" or ".join(AFFINITIES)} or a .csv, .json or .npy file, '
@@ -195,6 +206,10 @@ def plan_from_config(
     counts = {'images': images, 'instances': instances, 'unit': dict.fromkeys(images, 1)}
     demand = [float(counts[options.demand][name]) for name in infos]
 
+    if options.held:
+        return _join(
+            options, infos, images, instances, dict(zip(infos, demand, strict=True)), verbose
+        )
     names = tuple(infos)
     experts: int | tuple[str, ...] | None = options.num_experts
     matrix = None
@@ -251,6 +266,36 @@ def plan_from_config(
     plan.prototypes = dataset_prototypes(embeddings, embedder.to_dict())
     # Through the reader's checks once, prototypes and all.
     plan = ExpertPlan.from_dict(plan.to_dict())
+    return PlannedDatasets(
+        plan, images, instances, {k: len(v) for k, v in embeddings.items()}, options.demand
+    )
+
+
+def _join(
+    options: PlannerOptions,
+    infos: Mapping[str, list[tuple[str, int]]],
+    images: dict[str, int],
+    instances: dict[str, int],
+    demand: Mapping[str, float],
+    verbose: bool,
+) -> PlannedDatasets:
+    """The earlier plan and the datasets that it has not."""
+    plan = ExpertPlan.load(str(options.previous))
+    newcomers = [name for name in infos if name not in plan.datasets]
+    if not newcomers:
+        raise PlanError(f'{options.previous} has all datasets of the config: nobody joins')
+    if plan.prototypes is None:
+        raise PlanError(f'{options.previous} has no prototypes to compare {newcomers} with')
+    embedder = MODELS.build({'type': 'FrozenEmbedder', **plan.prototypes['embedder']})
+    embedder.to(options.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    paths = {
+        name: draw_images([x for x, _ in infos[name]], options.max_images, options.seed, name)
+        for name in newcomers
+    }
+    embeddings = embed_images(paths, embedder, options.cache_dir, verbose)
+    prototypes = dataset_prototypes(embeddings, embedder.to_dict())
+    for name in newcomers:
+        plan = add_newcomer(plan, name, prototypes, demand[name], options.expert)
     return PlannedDatasets(
         plan, images, instances, {k: len(v) for k, v in embeddings.items()}, options.demand
     )
@@ -573,7 +618,13 @@ def _line(error: BaseException) -> str:
 def data_table(planned: PlannedDatasets) -> str:
     """What the plan was made from: images, boxes and embedded images of every dataset."""
     rows = [
-        (name, *(str(of[name]) for of in (planned.images, planned.instances, planned.embedded)))
+        (
+            name,
+            *(
+                str(of.get(name, '-'))
+                for of in (planned.images, planned.instances, planned.embedded)
+            ),
+        )
         for name in planned.plan.datasets
     ]
     return text_table(('dataset', 'images', 'boxes', 'embedded'), rows)

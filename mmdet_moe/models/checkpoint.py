@@ -32,18 +32,22 @@ class FitReport:
         copied: Unified classes whose rows the checkpoint had, by name.
         reinitialised: Unified classes that keep the model's own initialisation.
         upcycled: MoE layers that the checkpoint holds as dense modules.
+        grown: New expert -> the checkpoint's experts that it starts as the mean of, by name.
     """
 
     rows: list[str] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
     upcycled: list[str] = field(default_factory=list)
+    grown: dict[str, list[str]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """What went well, for a log."""
         lines = []
         if self.upcycled:
             lines.append(f'upcycled {len(self.upcycled)} dense modules into experts')
+        for expert, sources in self.grown.items():
+            lines.append(f'new expert {expert} starts as {" + ".join(sources)}')
         if self.rows:
             lines.append(f'class rows copied by name: {self.copied}')
         return lines
@@ -75,12 +79,14 @@ def fit_checkpoint(
     layers = moe_layers(model)
     patterns = model.class_rows() if hasattr(model, 'class_rows') else {}
     space = getattr(model, 'label_space', None)
-    rows = _row_sources(space, classes) if space is not None and classes is not None else None
+    sources = _row_sources(space, classes) if space is not None and classes is not None else None
     report = FitReport()
     fitted: dict[str, Tensor] = {}
     wrong = []
     matched = False
-    for key, value in _renamed(model, state_dict).items():
+    renamed = _renamed(model, state_dict)
+    _grow(model, layers, renamed, own, report)
+    for key, value in renamed.items():
         fitted[key] = value
         layer, target_key = _locate(layers, key)
         target = own.get(target_key)
@@ -89,21 +95,23 @@ def fit_checkpoint(
         matched = True
         if layer is not None and layer not in report.upcycled:
             report.upcycled.append(layer)
-        channels = _channels(patterns, target_key)
-        if channels is None or space is None:
+        names = _channels(patterns, target_key)
+        if names is None or space is None:
             if target.shape != value.shape:
                 wrong.append(
                     f'{key}: {tuple(value.shape)} in the checkpoint, {tuple(target.shape)}'
                     + ('' if layer is None else why_unlike(layers[layer]))
                 )
             continue
+        own_names = tuple(name for name in names if name is not None)
+        cut = _is_cut(renamed, key)
         same = target.shape == value.shape and (
-            classes is None or tuple(classes) == tuple(space.classes)
+            classes is None or cut or tuple(classes) == own_names
         )
         if same:
             continue
         try:
-            fitted[key] = _copy_rows(value, target, channels, space.num_classes, classes, rows)
+            fitted[key] = _copy_rows(value, target, classes, names, sources)
         except CheckpointError as error:
             wrong.append(f'{key}: {error}')
             continue
@@ -119,12 +127,76 @@ def fit_checkpoint(
             + '; '.join(wrong[:10])
             + (f'; and {len(wrong) - 10} more' if len(wrong) > 10 else '')
         )
-    if report.rows:
-        names = space.classes
-        known = [False] * len(names) if rows is None else [row is not None for row in rows]
-        report.copied = [name for name, there in zip(names, known, strict=True) if there]
-        report.reinitialised = [name for name, there in zip(names, known, strict=True) if not there]
+    absent = _absent_blocks(patterns, fitted) if space is not None else ()
+    if report.rows or absent:
+        known = {name for name in space.classes if sources and sources[name] is not None}
+        known -= set(absent)
+        report.copied = [name for name in space.classes if name in known]
+        report.reinitialised = [name for name in space.classes if name not in known]
     return fitted, report
+
+
+def _is_cut(state_dict: Mapping[str, Tensor], key: str) -> bool:
+    """Whether the checkpoint's rows at ``key`` are a block, or stand beside blocks."""
+    module = key.rpartition('.')[0]
+    if '.newcomers.' in key:
+        return True
+    return any(other.startswith(f'{module}.newcomers.') for other in state_dict)
+
+
+def _absent_blocks(
+    patterns: Mapping[str, Sequence[str | None]], fitted: Mapping[str, Tensor]
+) -> list[str]:
+    """Classes of newcomers whose rows the checkpoint does not have."""
+    modules = {_without_expert(key).rpartition('.')[0] for key in fitted}
+    return [
+        name
+        for pattern, names in patterns.items()
+        if 'newcomers' in pattern and not any(re.fullmatch(pattern, m) for m in modules)
+        for name in names
+        if name is not None
+    ]
+
+
+def _grow(
+    model: nn.Module,
+    layers: Mapping[str, MoELayer],
+    state_dict: dict[str, Tensor],
+    own: Mapping[str, Tensor],
+    report: FitReport,
+) -> None:
+    """Turn E experts into the model's E + n, where it says what the new ones start as, in place.
+
+    A router's old rows are kept as well; the new ones are the model's own.
+    """
+    start = getattr(model, 'expert_start', None)
+    if start is None:
+        return
+    for name, layer in layers.items():
+        prefix = f'{name}.experts.'
+        keys = [key for key in state_dict if key.startswith(prefix)]
+        found = {key[len(prefix) :].partition('.')[0] for key in keys}
+        if not found or len(found) == layer.num_experts or len(found) != start.num_old:
+            continue
+        for e, (expert, sources) in enumerate(start.new.items(), start.num_old):
+            report.grown[expert] = [start.names[s] for s in sources]
+            for key in [key for key in keys if key.startswith(f'{prefix}{sources[0]}.')]:
+                rest = key[len(f'{prefix}{sources[0]}.') :]
+                values = [state_dict[f'{prefix}{s}.{rest}'] for s in sources]
+                mean = values[0].clone()
+                if len(values) > 1 and mean.is_floating_point():
+                    mean = torch.stack([v.float() for v in values]).mean(0).to(mean.dtype)
+                state_dict[f'{prefix}{e}.{rest}'] = mean
+        for key in [key for key in state_dict if key.startswith(f'{name}.router.')]:
+            value, target = state_dict[key], own.get(key)
+            if target is None or target.ndim != value.ndim or target.shape == value.shape:
+                continue
+            sizes = zip(value.shape, target.shape, strict=True)
+            grows = [(a, b) == (start.num_old, layer.num_experts) or a == b for a, b in sizes]
+            if all(grows):
+                whole = target.clone()
+                whole[tuple(slice(size) for size in value.shape)] = value.to(whole)
+                state_dict[key] = whole
 
 
 def checkpoint_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -169,16 +241,18 @@ def _locate(layers: Mapping[str, MoELayer], key: str) -> tuple[str | None, str]:
     return None, key
 
 
-def _channels(patterns: Mapping[str, int], key: str) -> int | None:
+def _channels(
+    patterns: Mapping[str, Sequence[str | None]], key: str
+) -> Sequence[str | None] | None:
     """Channels of one anchor where ``key`` (of the model) is a parameter with class rows."""
     module = _without_expert(key).rpartition('.')[0]
-    for pattern, channels in patterns.items():
+    for pattern, names in patterns.items():
         if re.fullmatch(pattern, module):
-            return channels
+            return names
     return None
 
 
-def _row_sources(space: Any, classes: Sequence[str]) -> list[int | None]:
+def _row_sources(space: Any, classes: Sequence[str]) -> dict[str, int | None]:
     """For each unified class its row in the checkpoint, or None.
 
     A class is found by its unified name or by what its domains call it.
@@ -188,27 +262,29 @@ def _row_sources(space: Any, classes: Sequence[str]) -> list[int | None]:
     for domain in space.domains:
         for name in space.local_classes(domain):
             aliases[space.unified_name(domain, name)].append(name)
-    return [
-        next((position[alias] for alias in aliases[name] if alias in position), None)
+    return {
+        name: next((position[alias] for alias in aliases[name] if alias in position), None)
         for name in space.classes
-    ]
+    }
 
 
 def _copy_rows(
     value: Tensor,
     target: Tensor,
-    channels: int,
-    num_classes: int,
     classes: Sequence[str] | None,
-    rows: Sequence[int | None] | None,
+    names: Sequence[str | None],
+    sources: Mapping[str, int | None] | None,
 ) -> Tensor:
-    """``target`` with the rows ``value`` has by name; both are laid out (anchors, channels)."""
+    """``target`` with the rows ``value`` has by name; both are laid out (anchors, channels).
+
+    ``names`` are the classes of the target's channels, background (None) last.
+    """
     shapes = f'{tuple(value.shape)} in the checkpoint, {tuple(target.shape)}'
     if value.shape[1:] != target.shape[1:]:
         raise CheckpointError(shapes)
-    if rows is None or classes is None:
+    if sources is None or classes is None:
         return target.clone()
-    background = channels - num_classes
+    channels, background = len(names), sum(name is None for name in names)
     anchors = target.shape[0] // channels
     theirs = len(classes) + background
     if value.shape[0] != anchors * theirs:
@@ -218,11 +294,12 @@ def _copy_rows(
         )
     new = target.clone().reshape(anchors, channels, *target.shape[1:])
     old = value.detach().cpu().to(new.dtype).reshape(anchors, theirs, *target.shape[1:])
-    for i, row in enumerate(rows):
+    for i, name in enumerate(names):
+        row = None if name is None else sources[name]
         if row is not None:
             new[:, i] = old[:, row]
     if background:
-        new[:, num_classes:] = old[:, len(classes) :]
+        new[:, channels - background :] = old[:, len(classes) :]
     return new.reshape(target.shape)
 
 
@@ -243,14 +320,16 @@ def copy_class_rows(
     """
     fitted, _ = fit_checkpoint(model, state_dict, classes)
     patterns = model.class_rows()
-    index = [model.label_space.unified_id(name) for name in names]
+    for name in names:
+        model.label_space.unified_id(name)
     written = []
     for key, parameter in model.named_parameters():
         channels = _channels(patterns, key)
         dense_key = _without_expert(key)
         if channels is None or dense_key not in fitted:
             continue
-        view = parameter.view(-1, channels, *parameter.shape[1:])
+        view = parameter.view(-1, len(channels), *parameter.shape[1:])
+        index = [i for i, name in enumerate(channels) if name in names]
         source = fitted[dense_key].to(parameter).reshape(view.shape)
         view[:, index] = source[:, index]
         written.append(key)

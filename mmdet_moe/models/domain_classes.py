@@ -17,6 +17,7 @@ Conventions: B images, C unified classes, A anchors per location.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdet_moe.structures import LabelSpace
+from mmdet_moe.structures import LabelSpace, LabelSpaceError
+
+from .layers.class_blocks import RowLayout
 
 #: Finite on purpose: -inf makes NaN of 0 * -inf in the focal loss, -1e9 does not exist in fp16.
 MASKED_LOGIT = -1e4
@@ -90,6 +93,9 @@ class MultiDomainHeadMixin:
         loss_norm: What the losses are divided by. ``'batch'``: the number of positives in the
             batch, as mmdet does, by which a domain with 18 boxes an image drowns one with 1.7.
             ``'domain'``: see :func:`domain_loss_weights`.
+        newcomers: Domains of the label space that joined a trained model. The rows of the classes
+            that no domain before them has are parameters of their own (``newcomers.<domain>.*``
+            beside the old ones), see :mod:`~mmdet_moe.models.layers.class_blocks`.
     """
 
     def __init__(
@@ -99,6 +105,7 @@ class MultiDomainHeadMixin:
         label_space: LabelSpace | dict | None = None,
         restrict_classes: bool = True,
         loss_norm: str = 'batch',
+        newcomers: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         if loss_norm not in ('batch', 'domain'):
@@ -108,8 +115,11 @@ class MultiDomainHeadMixin:
             num_classes = label_space.num_classes
         elif num_classes is None:
             raise ValueError(f'{type(self).__name__} needs num_classes or a label_space')
+        if newcomers and label_space is None:
+            raise ValueError(f'newcomers {list(newcomers)} need a label_space that has them')
+        # Before the base class, which builds the layers.
+        self.__dict__.update(label_space=label_space, newcomers=tuple(newcomers))
         super().__init__(num_classes, *args, **kwargs)
-        self.label_space = label_space
         self.restrict_classes = restrict_classes
         self.loss_norm = loss_norm
         #: Whether to keep what is predicted where all classes compete, for take_unrestricted.
@@ -222,13 +232,64 @@ class MultiDomainHeadMixin:
 
     # -- checkpoints -----------------------------------------------------------------------------
 
-    def class_rows(self) -> dict[str, int]:
-        """Parameters with a row per class: name pattern -> channels of one anchor or query.
+    def row_layout(self, channels: int) -> RowLayout:
+        """Which of an anchor's channels are the newcomers'.
+
+        Raises:
+            LabelSpaceError: A newcomer is not in the label space, or nobody was there before.
+        """
+        blocks = newcomer_classes(self.label_space, self.newcomers)
+        return RowLayout(channels, blocks)
+
+    def class_rows(self) -> dict[str, tuple[str | None, ...]]:
+        """Parameters with a row per class: name pattern -> the class of each channel of one anchor
+        or query (None: background).
 
         Used when rows are copied from a checkpoint with other classes. A parameter of that name
         has a first dimension of k * channels, laid out as (k, channels).
         """
         raise NotImplementedError
+
+    def rows_of(self, pattern: str, channels: int) -> dict[str, tuple[str | None, ...]]:
+        """What :meth:`class_rows` says of one layer and its blocks."""
+        if self.label_space is None:
+            return {pattern: (None,) * channels}
+        return named_rows(pattern, self.row_layout(channels), self.label_space)
+
+
+def newcomer_classes(space: LabelSpace, newcomers: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The unified ids that each newcomer brought, which no domain before it has.
+
+    Raises:
+        LabelSpaceError: A newcomer is not in the label space, or nobody was there before.
+    """
+    if not newcomers:
+        return {}
+    for name in newcomers:
+        space.check_domain(name)
+    known = {i for d in space.domains if d not in newcomers for i in space.unified_ids(d)}
+    if not known:
+        raise LabelSpaceError(
+            f'newcomers {list(newcomers)} are all domains of the label space: to whom do they come?'
+        )
+    found = {}
+    for name in newcomers:
+        own = tuple(sorted(set(space.unified_ids(name)) - known))
+        known.update(own)
+        if own:
+            found[name] = own
+    return found
+
+
+def named_rows(
+    pattern: str, layout: RowLayout, space: LabelSpace
+) -> dict[str, tuple[str | None, ...]]:
+    """The classes of the rows of a layer called ``pattern`` and of its blocks."""
+    names = [*space.classes, *[None] * (layout.channels - space.num_classes)]
+    rows = {pattern: tuple(names[i] for i in layout.own)}
+    for name, block in layout.blocks.items():
+        rows[rf'{pattern}\.newcomers\.{re.escape(name)}'] = tuple(names[i] for i in block)
+    return rows
 
 
 def domain_loss_weights(domains: Sequence[str], positives: Sequence[float]) -> list[float]:

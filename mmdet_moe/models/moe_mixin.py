@@ -43,6 +43,7 @@ from mmdet_moe.registry import MODELS, SCOPE
 from mmdet_moe.structures import LabelSpace
 
 from . import targets as _targets  # noqa: F401 - teaches the moe package mmcv's and mmdet's modules
+from .adaptation import Adaptation, ExpertStart
 from .domain_classes import MultiDomainHeadMixin
 from .domain_features import DomainFeatures, last_unrouted_layer, pool_features
 
@@ -85,6 +86,12 @@ class MoEMixin:
             ``dimension`` says the layer's channels where a 64 x 64 image does not run through.
         both_readings: At test, give each data sample ``pred_instances_unrestricted`` too: what the
             model predicts where all classes compete.
+        newcomers: Domains of the label space that join a trained model: the rows of their classes
+            are parameters of their own, see :mod:`~mmdet_moe.models.layers.class_blocks`.
+        adapt: How a domain joins: ``dict(domain=..., previous=..., start='nearest', train=[])``,
+            see :class:`~mmdet_moe.models.adaptation.Adaptation`. Its experts and its rows are
+            trained, and what ``train`` names, all else is frozen as with ``freeze_others``;
+            checkpoints with the experts of the previous plan load.
         **kwargs: As the base model.
 
     Raises:
@@ -106,13 +113,17 @@ class MoEMixin:
         freeze_others: bool | Mapping[str, Sequence[str]] = False,
         domain_features: Mapping | None = None,
         both_readings: bool = False,
+        newcomers: Sequence[str] = (),
+        adapt: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.__dict__.update(newcomers=tuple(newcomers), _trained=(), _frozen=())
         if label_space is not None:
             label_space = LabelSpace.from_config(label_space)
+            told = dict(restrict_classes=restrict_classes, newcomers=self.newcomers or None)
             for key in HEADS:
                 if isinstance(kwargs.get(key), Mapping):
-                    kwargs[key] = _tell_head(kwargs[key], label_space, restrict_classes)
+                    kwargs[key] = _tell_head(kwargs[key], label_space, told)
         images_are_rgb = _is_rgb(kwargs.get('data_preprocessor'))
         super().__init__(*args, **kwargs)
         self.label_space = label_space
@@ -127,9 +138,15 @@ class MoEMixin:
             self.moe_names = replace_modules(self, specs, self.routing_state)
         self._routes_images = any(x.share == 'image' for x in self.moe_layers().values())
         self._refuse_frozen()
-        self.freeze_others = bool(freeze_others)
+        self.expert_start: ExpertStart | None = None
         if freeze_others:
-            self._freeze_others(_train_patterns(freeze_others))
+            layers = [rf'{re.escape(name)}\..*' for name in self.moe_names]
+            self._freeze('freeze_others', layers, _train_patterns(freeze_others))
+        if adapt is not None:
+            adaptation = Adaptation(**adapt)
+            own = adaptation.trained(self.moe_layers(), label_space)
+            self._freeze('adapt', own, adaptation.train)
+            self.expert_start = adaptation.expert_start(plan)
         if adapter_layers(self):
             print_log(str(count_parameters(self)), logger='current')
         self._embeds_known = any(
@@ -191,19 +208,23 @@ class MoEMixin:
                 children[child] = layer
 
     def train(self, mode: bool = True) -> MoEMixin:
-        """As the base model; with ``freeze_others`` the norms of the others stay as they are."""
+        """As the base model; norms that are frozen by name stay in evaluation mode.
+
+        Frozen parameters have ``requires_grad=False`` while training only: torch chooses between
+        two ways to multiply by that flag (``matmul`` folds the batch or does not), also without
+        gradients, so a model that was frozen would else not compute the bits of one that was not.
+        """
         super().train(mode)
-        if getattr(self, 'freeze_others', False):
-            for module in self._others():
-                trains = any(p.requires_grad for p in module.parameters(recurse=False))
-                if isinstance(module, _NormBase) and not trains:
+        for name in self._frozen:
+            self.get_parameter(name).requires_grad_(not mode)
+        if self._trained:
+            for name, module in self.named_modules():
+                if isinstance(module, _NormBase) and not self._is_trained(f'{name}.weight'):
                     module.eval()
         return self
 
-    def _others(self) -> Iterator[nn.Module]:
-        """The modules outside of MoE layers."""
-        inside = {id(part) for layer in self.moe_layers().values() for part in layer.modules()}
-        return (module for module in self.modules() if id(module) not in inside)
+    def _is_trained(self, name: str) -> bool:
+        return any(re.fullmatch(pattern, name) for pattern in self._trained)
 
     def _refuse_frozen(self) -> None:
         """A backbone freezes its first stages whole: a router in there would never learn."""
@@ -216,31 +237,35 @@ class MoEMixin:
                     f'another target'
                 )
 
-    def _freeze_others(self, train: Sequence[str]) -> None:
-        names = {id(parameter): name for name, parameter in self.named_parameters()}
-        others = [p for module in self._others() for p in module.parameters(recurse=False)]
-        idle = [x for x in train if not any(re.fullmatch(x, names[id(p)]) for p in others)]
+    def _freeze(self, option: str, own: Sequence[str], train: Sequence[str]) -> None:
+        """Freeze all parameters but those whose names match a pattern of ``own`` or ``train``."""
+        known = dict(self.named_parameters())
+        idle = [x for x in train if not any(re.fullmatch(x, name) for name in known)]
         if idle:
             raise ValueError(
-                f'freeze_others: no parameter outside of MoE layers is called {idle[0]!r}; the '
-                f'last are {[names[id(p)] for p in others][-4:]}'
+                f'{option}: no parameter is called {idle[0]!r}; the last are {list(known)[-4:]}'
             )
-        for parameter in others:
-            if not any(re.fullmatch(pattern, names[id(parameter)]) for pattern in train):
+        self._trained = (*own, *train)
+        frozen = dict.fromkeys(self._frozen)
+        for name, parameter in known.items():
+            if parameter.requires_grad and not self._is_trained(name):
                 parameter.requires_grad_(False)
+                frozen[name] = None
+        self._frozen = tuple(frozen)
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(
-                'freeze_others=True leaves nothing to train: '
+                f'{option} leaves nothing to train: '
                 + (f'{self.moe_names} are frozen too' if self.moe_names else 'no moe is given')
             )
 
-    def class_rows(self) -> dict[str, int]:
+    def class_rows(self) -> dict[str, tuple[str | None, ...]]:
         """Parameters with a row per class, by regular expression of their module's full name.
 
-        The value is the number of channels C of one anchor or query: the parameter's first
-        dimension is k * C. Empty where the model has no label space of its own.
+        The value names the class of each of the C channels of one anchor or query (None for the
+        background): the parameter's first dimension is k * C. Empty where the model has no label
+        space of its own.
         """
-        rows: dict[str, int] = {}
+        rows: dict[str, tuple[str | None, ...]] = {}
         for key in HEADS:
             head = getattr(self, key, None)
             if isinstance(head, MultiDomainHeadMixin):
@@ -658,15 +683,14 @@ def routing_summary(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _tell_head(cfg: Mapping, label_space: LabelSpace, restrict_classes: bool | None) -> Mapping:
+def _tell_head(cfg: Mapping, label_space: LabelSpace, told: Mapping[str, Any]) -> Mapping:
     """The head's config with the label space, or its number of classes for an ordinary head."""
     cfg = copy.copy(cfg)
     head = MODELS.get(cfg['type']) if isinstance(cfg.get('type'), str) else cfg.get('type')
     if isinstance(head, type) and issubclass(head, MultiDomainHeadMixin):
         cfg['label_space'] = label_space
         cfg['num_classes'] = label_space.num_classes
-        if restrict_classes is not None:
-            cfg['restrict_classes'] = restrict_classes
+        cfg.update({key: value for key, value in told.items() if value is not None})
     elif 'num_classes' in cfg:
         cfg['num_classes'] = label_space.num_classes
     return cfg

@@ -323,6 +323,25 @@ class EfficientNetLite(BaseModule):
             outputs.append(F.relu6(self.head_bn(self.head_conv(x))))
         return tuple(outputs)
 
+    def timm_names(self) -> dict[str, str]:
+        """Our modules' names -> those of timm's ``tf_efficientnet_lite*``, the same network."""
+        names = {'stem_conv': 'conv_stem', 'stem_bn': 'bn1'}
+        position = dict.fromkeys(range(self.num_stages), 0)
+        for number, group in enumerate(_groups(self.arch)):
+            if group.stage >= len(self.stages):
+                break
+            parts = ['depthwise_conv', 'depthwise_bn', 'project_conv', 'project_bn']
+            theirs = ['conv_dw', 'bn1', 'conv_pw', 'bn2']
+            if group.expand != 1:
+                parts = ['expand_conv', 'expand_bn', *parts]
+                theirs = ['conv_pw', 'bn1', 'conv_dw', 'bn2', 'conv_pwl', 'bn3']
+            for repeat in range(group.repeats):
+                ours = f'stages.{group.stage}.{position[group.stage]}'
+                position[group.stage] += 1
+                for part, name in zip(parts, theirs, strict=True):
+                    names[f'{ours}.{part}'] = f'blocks.{number}.{repeat}.{name}'
+        return names
+
     def train(self, mode: bool = True) -> EfficientNetLite:
         """Set the mode; frozen stages and, with ``norm_eval``, all batch norms stay in eval."""
         super().train(mode)

@@ -68,6 +68,8 @@ class MoERetinaHead(MultiDomainRetinaHead):
     Source: Pavlitska et al. (arXiv 2204.10598), RetinaNet experiments.
     """
 
+    places = PLACES
+
     def __init__(self, *args: Any, mix: str = 'probability', **kwargs: Any) -> None:
         if mix not in MIXES:
             raise ValueError(f'MoERetinaHead: mix must be one of {MIXES}, got {mix!r}')
@@ -134,9 +136,9 @@ class MoERetinaHead(MultiDomainRetinaHead):
         self.rename_dense_keys(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def class_rows(self) -> dict[str, int]:
+    def class_rows(self) -> dict[str, tuple[str | None, ...]]:
         """``cls_subnet.output`` has a row per anchor and class."""
-        return {r'cls_subnet\.output': self.cls_out_channels}
+        return self.rows_of(r'cls_subnet\.output', self.cls_out_channels)
 
 
 @register_target(lambda module: isinstance(module, RetinaSubnet))

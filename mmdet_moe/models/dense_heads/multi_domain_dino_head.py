@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmdet_moe.registry import MODELS
 
 from ..domain_classes import MASKED_LOGIT, MultiDomainHeadMixin
+from ..layers.class_blocks import with_blocks
 
 
 @MODELS.register_module()
@@ -30,11 +31,22 @@ class MultiDomainDINOHead(MultiDomainHeadMixin, DINOHead):
 
     def _init_layers(self) -> None:
         super()._init_layers()
+        if self.newcomers:
+            layout = self.row_layout(self.cls_out_channels)
+            whole = {branch: with_blocks(branch, layout) for branch in self.cls_branches}
+            self.cls_branches = nn.ModuleList(whole[branch] for branch in self.cls_branches)
         self._allowed: Tensor | None = None
         # A set: with `share_pred_layer` all branches are one module. The hook is a bound method,
         # so that a deep copy (EMA) of the head masks with its own state.
         for branch in set(self.cls_branches):
             branch.register_forward_hook(self._mask_logits)
+
+    def init_weights(self) -> None:
+        """As the base class, which sets the bias of the class branches' own rows only."""
+        super().init_weights()
+        for branch in self.cls_branches:
+            for block in getattr(branch, 'newcomers', {}).values():
+                nn.init.constant_(block.bias, float(branch.bias[0]))
 
     def restrict(self, batch_img_metas: Sequence[Mapping] | None) -> None:
         """Tell whose classes the next logits are of.
@@ -170,6 +182,6 @@ class MultiDomainDINOHead(MultiDomainHeadMixin, DINOHead):
         results.labels = columns[results.labels]
         return results
 
-    def class_rows(self) -> dict[str, int]:
+    def class_rows(self) -> dict[str, tuple[str | None, ...]]:
         """Each class branch has a row per class."""
-        return {r'cls_branches\.\d+': self.cls_out_channels}
+        return self.rows_of(r'cls_branches\.\d+', self.cls_out_channels)

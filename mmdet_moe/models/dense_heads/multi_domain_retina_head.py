@@ -9,6 +9,7 @@ from torch import Tensor
 from mmdet_moe.registry import MODELS
 
 from ..domain_classes import MASKED_LOGIT, MultiDomainHeadMixin
+from ..layers.class_blocks import with_blocks
 from .levels import LevelsMixin
 
 
@@ -24,6 +25,11 @@ class MultiDomainRetinaHead(MultiDomainHeadMixin, LevelsMixin, RetinaHead):
         See :class:`~mmdet_moe.models.domain_classes.MultiDomainHeadMixin`,
         :class:`~mmdet_moe.models.dense_heads.levels.LevelsMixin` and mmdet's ``RetinaHead``.
     """
+
+    def _init_layers(self) -> None:
+        super()._init_layers()
+        if self.newcomers:
+            self.retina_cls = with_blocks(self.retina_cls, self.row_layout(self.cls_out_channels))
 
     def loss_by_feat(
         self,
@@ -135,9 +141,9 @@ class MultiDomainRetinaHead(MultiDomainHeadMixin, LevelsMixin, RetinaHead):
         results.labels = columns[results.labels]
         return results
 
-    def class_rows(self) -> dict[str, int]:
+    def class_rows(self) -> dict[str, tuple[str | None, ...]]:
         """``retina_cls`` has a row per anchor and class."""
-        return {'retina_cls': self.cls_out_channels}
+        return self.rows_of('retina_cls', self.cls_out_channels)
 
 
 def mask_channels(scores: Tensor, allowed: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmdet_moe.registry import MODELS
 
-from ..layers import MultiDomainCdnQueryGenerator
+from ..layers import MultiDomainCdnQueryGenerator, with_blocks
 from ..moe_mixin import MoEMixin
 
 
@@ -31,7 +31,14 @@ class MoEDINO(MoEMixin, DINO):
         dn_cfg = dict(dn_cfg or {})
         super().__init__(*args, dn_cfg=dn_cfg, **kwargs)
         if self.label_space is not None:
-            self.dn_query_generator = MultiDomainCdnQueryGenerator(self.label_space, **dn_cfg)
+            generator = MultiDomainCdnQueryGenerator(self.label_space, **dn_cfg)
+            if self.newcomers:
+                layout = self.bbox_head.row_layout(generator.num_classes)
+                generator.label_embedding = with_blocks(generator.label_embedding, layout)
+            self.dn_query_generator = generator
+            for name, parameter in self.named_parameters():
+                if name in self._frozen:  # the generator is new
+                    parameter.requires_grad_(False)
 
     def forward_transformer(
         self, img_feats: tuple[Tensor, ...], batch_data_samples: OptSampleList = None
@@ -42,9 +49,11 @@ class MoEDINO(MoEMixin, DINO):
             self.bbox_head.restrict(None if samples is None else [s.metainfo for s in samples])
         return super().forward_transformer(img_feats, batch_data_samples)
 
-    def class_rows(self) -> dict[str, int]:
+    def class_rows(self) -> dict[str, tuple[str | None, ...]]:
         """The head's rows, and the label embedding of denoising."""
         rows = super().class_rows()
         if rows:
-            rows[r'dn_query_generator\.label_embedding'] = self.dn_query_generator.num_classes
+            classes = self.dn_query_generator.num_classes
+            name = r'dn_query_generator\.label_embedding'
+            rows.update(self.bbox_head.rows_of(name, classes))
         return rows
