@@ -87,3 +87,17 @@ def test_erm_on_emoji_holds_out_both_fluent_styles(tmp_path, monkeypatch, scope)
     assert batch['inputs'].shape == (48, 3, 64, 64)
     styles = [x.domain for x in batch['data_samples']]
     assert styles == ['noto'] * 16 + ['openmoji'] * 16 + ['twemoji'] * 16
+
+
+def test_a_config_takes_its_published_recipe_by_the_data_set(tmp_path, monkeypatch):
+    config = tmp_path / 'mine.py'
+    config.write_text(
+        f"_base_ = '{CONFIGS}/erm_resnet50.py'\n"
+        'import importlib\n'
+        "catalog = importlib.import_module('mmdet_moe.datasets.dg_catalog')\n"
+        "optimizer = catalog.recipe('sf_moe', '{{$DG_DATASET:PACS}}')\n"
+        'optim_wrapper = dict(optimizer=optimizer)\n'
+    )
+    monkeypatch.setenv('DG_DATASET', 'VLCS')
+    optimizer = Config.fromfile(config).optim_wrapper.optimizer
+    assert optimizer == dict(type='Adam', lr=1e-5, weight_decay=1e-6)
