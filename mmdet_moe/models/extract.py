@@ -250,17 +250,17 @@ def _plain_model(
     backbone = model.backbone
     if isinstance(backbone, EfficientNetLite):
         plain['backbone'] = _timm_backbone(backbone)
+    elif type(backbone).__module__.startswith('mmdet_moe.'):
+        raise ExtractionError(
+            f'backbone: a {type(backbone).__name__} is not in stock mmdet, and nothing there '
+            'computes the same'
+        )
     plain['backbone'].pop('init_cfg', None)  # its weights are in the checkpoint
     for name, module in model.named_modules():
         inner = any(name == x or name.startswith(f'{x}.') for x in ('backbone', *model.moe_names))
         ours = type(module).__module__.startswith('mmdet_moe.')
         if ours and name and not inner and not _replaceable(module):
             raise ExtractionError(f'{name}: a {type(module).__name__} is not in stock mmdet')
-    if type(backbone).__module__.startswith('mmdet_moe.') and 'timm' not in str(plain['backbone']):
-        raise ExtractionError(
-            f'backbone: a {type(backbone).__name__} is not in stock mmdet, and nothing that is '
-            'computes the same'
-        )
     return plain
 
 

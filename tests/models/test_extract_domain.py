@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mmpretrain.models  # noqa: F401 - registers TIMMBackbone
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
@@ -165,6 +166,20 @@ def test_class_rows_of_a_newcomer_are_put_back_in_their_places():
         plain, state, _ = extract_domain(cfg, model.state_dict(), domain)
         found = [vars_of(x) for x in detect(plainly(plain, state), domain)]
         assert_same(found, detect(model, domain), domain)
+
+
+def test_efficientnet_lite_becomes_timms():
+    backbone = dict(type='EfficientNetLite', out_indices=(1, 2, 3), norm_eval=True)
+    neck = dict(type='FPN', in_channels=[24, 40, 112], out_channels=16, num_outs=3)
+    router = dict(type='PlanRouter', plan=ONE.to_dict())
+    options = dict(
+        backbone=backbone, neck=neck, moe=[dict(targets=r'backbone\.stages\.3', router=router)]
+    )
+    model = spread(build('retinanet', **options))
+    plain, state, _ = extract_domain(config_of('retinanet', **options), model.state_dict(), 'blood')
+    assert plain.model.backbone.model_name == 'tf_efficientnet_lite0'
+    found = [vars_of(x) for x in detect(plainly(plain, state), 'blood')]
+    assert_same(found, detect(model, 'blood'), 'blood')
 
 
 def test_max_per_img_is_at_most_queries_times_classes():

@@ -85,6 +85,4 @@ def test_config_adapts_what_was_trained_without_the_newcomer(plans, name):
         parts = ('.experts.', '.router.', 'newcomers.bccd')
         assert all(any(part in key for part in parts) for key in moved)
     else:
-        assert (
-            any(key.startswith('neck.') for key in moved) and 'bbox_head.retina_cls.bias' in moved
-        )
+        assert any(key.startswith('neck.') for key in moved)
