@@ -27,7 +27,8 @@ from pathlib import Path
 import steps as job
 from mini_uodb import Budget
 
-sys.path[:0] = [str(job.ROOT), str(job.ROOT / 'tools/analysis_tools')]  # to run from a clone
+sys.path.insert(0, str(job.ROOT))  # to run from a clone, uninstalled
+sys.path.insert(0, str(job.ROOT / 'tools/analysis_tools'))
 
 from compare_runs import AVERAGES
 from fewshot_split import OTHERS, split_path

@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'tools'))
 
-import fewshot  # noqa: E402
+import fewshot
 
-from mmdet_moe.visualization.shot_figure import Adapted  # noqa: E402
+from mmdet_moe.visualization.shot_figure import Adapted
 
 
 def test_averages_are_no_domains():
