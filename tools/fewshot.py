@@ -28,7 +28,9 @@ import steps as job
 from mini_uodb import Budget
 
 sys.path.insert(0, str(job.ROOT))  # to run from a clone, uninstalled
+sys.path.insert(0, str(job.ROOT / 'tools/analysis_tools'))
 
+from compare_runs import AVERAGES
 from fewshot_split import OTHERS, split_path
 
 from mmdet_moe.planning.checks import write_atomically
@@ -141,12 +143,13 @@ def base_metrics(base: Path, name: str) -> dict[str, float]:
 
 
 def domain_aps(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """AP by domain; one without a detection counts 0."""
+    """AP by domain, without the averages; one without a detection counts 0."""
     end = f'/{METRIC}'
+    found = {key.removesuffix(end): value for key, value in metrics.items() if key.endswith(end)}
     return {
-        key.removesuffix(end): max(value or 0.0, 0.0)
-        for key, value in metrics.items()
-        if key.endswith(end) and not key.startswith('macro/')
+        name: max(value or 0.0, 0.0)
+        for name, value in found.items()
+        if name not in AVERAGES and '/' not in name
     }
 
 

@@ -12,17 +12,20 @@ import copy
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks.transformer import FFN
 from mmengine.config import Config
+from mmengine.model import BaseModule
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from mmdet_moe.moe import MoELayer, PlanRouter
+from mmdet_moe.moe import MoELayer, PlanRouter, ProbabilityMoELayer
 from mmdet_moe.moe.layer import OWN_CHILDREN
+from mmdet_moe.planning.checks import read_json
 from mmdet_moe.registry import MODELS, SCOPE
 
 from .backbones.efficientnet_lite import EfficientNetLite
@@ -51,23 +54,31 @@ def extract_domain(
 
     Returns:
         Config and state dict of a detector of mmdet alone, and its classes in the order of their
-        labels.
+        labels: that of the test data's COCO json where it can be read, since it is how mmdet counts
+        them, else the label space's.
 
     Raises:
         ExtractionError: There is no exact one.
     """
     cfg = Config(copy.deepcopy(dict(cfg)))
+    # What guesses domains is of no use where there is one.
+    cfg.model.pop('domain_features', None)
+    state_dict = {k: v for k, v in state_dict.items() if not k.startswith('domain_features.')}
     with DefaultScope.overwrite_default_scope(SCOPE):
         model = MODELS.build(copy.deepcopy(cfg.model))
     if not isinstance(model, MoEMixin) or model.label_space is None:
         raise ExtractionError('the config is no detector of several domains (label_space)')
-    model.load_state_dict(state_dict, strict=True)
+    try:
+        model.load_state_dict(state_dict, strict=True)
+    except RuntimeError as error:
+        why = ' '.join(str(error).split())
+        raise ExtractionError(f'the checkpoint is not of this config: {why[:300]}') from None
     model.eval()
     model.label_space.check_domain(domain)
     widths: dict[str, int] = {}
     state = _folded(model, domain, widths)
-    state = _cut_rows(model, state, domain)
-    classes = model.label_space.local_classes(domain)
+    classes = _as_counted(cfg, domain, model.label_space.local_classes(domain))
+    state = _cut_rows(model, state, domain, classes)
     plain = _plain_model(cfg.model, model, len(classes), widths)
     state = _renamed(model, plain, state)
     return _plain_config(cfg, plain, domain, classes), state, tuple(classes)
@@ -88,6 +99,11 @@ def _folded(model: MoEMixin, domain: str, widths: dict[str, int]) -> dict[str, T
         modules = _modules_of(name, layer, domain)
         if len(modules) == 1:
             folded = modules[0][0].state_dict()
+        elif isinstance(layer, ProbabilityMoELayer):
+            raise ExtractionError(
+                f'{name}: the domain mixes {len(modules)} experts as probabilities, and the logit '
+                "of a mixture is no sum of logits; only mix='logit' folds, or one expert"
+            )
         elif all(isinstance(module, FFN) for module, _ in modules):
             folded = _joined_ffn(name, modules)
             match = STACK.fullmatch(name)
@@ -192,11 +208,25 @@ def _widen(state: dict[str, Tensor], stack: str, width: int) -> None:
 # -- class rows ----------------------------------------------------------------------------------
 
 
-def _cut_rows(model: MoEMixin, state: dict[str, Tensor], domain: str) -> dict[str, Tensor]:
-    """The state dict with the domain's class rows alone, in the order of its own labels."""
+def _as_counted(cfg: Config, domain: str, classes: Sequence[str]) -> Sequence[str]:
+    """The classes as the domain's test data count them: mmdet goes by the order in a COCO json,
+    whatever ``metainfo['classes']`` says."""
+    data = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    dataset = data.get('domains', {}).get(domain) or {}
+    path = Path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+    if path.suffix != '.json' or not path.is_file():
+        return classes
+    names = [category['name'] for category in read_json(path, 'COCO json')['categories']]
+    return sorted(classes, key=names.index) if set(classes) <= set(names) else classes
+
+
+def _cut_rows(
+    model: MoEMixin, state: dict[str, Tensor], domain: str, classes: Sequence[str]
+) -> dict[str, Tensor]:
+    """The state dict with the rows of the domain's ``classes`` alone, in their order."""
     space = model.label_space
     assert space is not None
-    wanted = [space.unified_name(domain, name) for name in space.local_classes(domain)]
+    wanted = [space.unified_name(domain, name) for name in classes]
     rows = model.class_rows()
     blocks = {p: names for p, names in rows.items() if '.newcomers' in p}
     cut = dict(state)
@@ -256,18 +286,31 @@ def _plain_model(
             'computes the same'
         )
     plain['backbone'].pop('init_cfg', None)  # its weights are in the checkpoint
+    # Their parts have other names in stock mmdet, and no module around them.
+    subnets = [
+        f'{key}.{place.partition(".")[0]}'
+        for key in HEADS
+        for place in getattr(getattr(model, key, None), 'places', {}).values()
+    ]
     for name, module in model.named_modules():
         inner = any(name == x or name.startswith(f'{x}.') for x in ('backbone', *model.moe_names))
-        ours = type(module).__module__.startswith('mmdet_moe.')
-        if ours and name and not inner and not _replaceable(module):
+        if name and not inner and name not in subnets and not _replaceable(module):
             raise ExtractionError(f'{name}: a {type(module).__name__} is not in stock mmdet')
     return plain
 
 
 def _replaceable(module: nn.Module) -> bool:
-    """Whether the module is stock mmdet's but for what extraction takes away."""
-    kinds = [k for k in type(module).__mro__ if k.__module__.startswith((*STOCK, 'torch.nn'))]
-    return bool(kinds) and kinds[0] is not nn.Module
+    """Whether the module is stock mmdet's or torch's but for what extraction takes away."""
+    base = next(k for k in type(module).__mro__ if not k.__module__.startswith('mmdet_moe.'))
+    return type(module) is base or base not in (nn.Module, BaseModule)
+
+
+def _without_scope(cfg: Any) -> Any:
+    """A config without the scope that a base called ``mmdet_moe::`` writes into each dict."""
+    if isinstance(cfg, Mapping):
+        kept = {k: v for k, v in cfg.items() if (k, v) != ('_scope_', SCOPE)}
+        return {key: _without_scope(value) for key, value in kept.items()}
+    return type(cfg)(map(_without_scope, cfg)) if isinstance(cfg, (list, tuple)) else cfg
 
 
 def _without_options(cfg: dict[str, Any], kind: type) -> dict[str, Any]:
@@ -333,7 +376,6 @@ def _plain_config(
             metainfo=dict(classes=tuple(classes)),
             test_mode=True,
         )
-        dataset.pop('_scope_', None)
         plain.update(
             test_dataloader={**loader, 'dataset': dataset},
             test_cfg=dict(type='TestLoop'),
@@ -341,4 +383,4 @@ def _plain_config(
         metrics = (cfg.get('test_evaluator') or {}).get('metrics') or {}
         if domain in metrics:
             plain['test_evaluator'] = Config(dict(x=metrics[domain])).to_dict()['x']
-    return Config(plain)
+    return Config(_without_scope(plain))

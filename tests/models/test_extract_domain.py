@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import mmpretrain.models  # noqa: F401 - registers TIMMBackbone
 import pytest
 import torch
+from mmdet.models.necks import FPN
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 from tiny_models import CONFIGS, DOMAINS, SPACE, build, images, moe_specs, sample
@@ -155,6 +157,82 @@ def test_learned_routers_and_bypasses_are_refused_with_the_reason():
         model = build('retinanet', moe=specs)
         with pytest.raises(ExtractionError, match=why):
             extract_domain(config_of('retinanet', moe=specs), model.state_dict(), 'street')
+
+
+def test_experts_that_mix_as_probabilities_do_not_fold():
+    """Of the mixture w s(a) + (1 - w) s(b), s the sigmoid, the logit is not w a + (1 - w) b."""
+    router = dict(type='PlanRouter', plan=MIXED.to_dict())
+    specs = [dict(targets=r'bbox_head\.cls_subnet\.output', router=router)]
+    for mix in ('probability', 'logit'):
+        head = dict(type='MoERetinaHead', mix=mix)
+        model = spread(build('retinanet', moe=specs, head=head))
+        cfg = config_of('retinanet', moe=specs, head=head)
+        if mix == 'probability':
+            with pytest.raises(ExtractionError, match='mixes 2 experts as probabilities'):
+                extract_domain(cfg, model.state_dict(), 'street')
+        domain = 'yard' if mix == 'probability' else 'street'
+        plain, state, _ = extract_domain(cfg, model.state_dict(), domain)
+        found = [vars_of(x) for x in detect(plainly(plain, state), domain)]
+        assert_same(found, detect(model, domain), domain)
+
+
+def test_what_guesses_domains_is_left_behind_and_no_scope_of_ours_is_left():
+    """As in the full-size configs, and in a config that begins with a base ``mmdet_moe::``."""
+    specs = moe_specs('retinanet', ONE)
+    model = spread(build('retinanet', moe=specs, domain_features={}))
+    specs[0]['router'] = {**specs[0]['router'], 'plan': ONE.to_dict()}
+    cfg = config_of('retinanet', moe=specs, domain_features={})
+    for part in (cfg.model.data_preprocessor, cfg.model.neck, cfg.model.train_cfg.assigner):
+        part['_scope_'] = 'mmdet_moe'
+    plain, state, _ = extract_domain(cfg, model.state_dict(), 'blood')
+    assert 'mmdet_moe' not in plain.pretty_text
+    found = [vars_of(x) for x in detect(plainly(plain, state), 'blood')]
+    assert_same(found, detect(model, 'blood'), 'blood')
+
+
+def test_what_stock_mmdet_does_not_have_or_the_config_did_not_make_is_refused():
+    specs = moe_specs('retinanet', ONE)
+    model = build('retinanet', moe=specs)
+    specs[0]['router'] = {**specs[0]['router'], 'plan': ONE.to_dict()}
+    cfg = config_of('retinanet', moe=specs)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith('neck.')}
+    with pytest.raises(ExtractionError, match='the checkpoint is not of this config.*neck'):
+        extract_domain(cfg, state, 'blood')
+    MODELS.register_module(module=OwnNeck, force=True)
+    cfg.model.neck.type = 'OwnNeck'
+    with pytest.raises(ExtractionError, match='neck.extra: a Extra is not in stock mmdet'):
+        extract_domain(cfg, build('retinanet', moe=specs, neck=cfg.model.neck).state_dict(), 'yard')
+
+
+class Extra(torch.nn.Module):
+    """What only this package has."""
+
+    __module__ = 'mmdet_moe.models.extra'
+
+
+class OwnNeck(FPN):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.extra = Extra()
+
+
+def test_classes_are_in_the_order_in_which_mmdet_counts_them(tmp_path):
+    """CocoDataset numbers classes as the json does, whatever the label space says."""
+    categories = [dict(id=n, name=name) for n, name in enumerate(('dot', 'crack', 'cell'), 4)]
+    (tmp_path / 'test.json').write_text(json.dumps(dict(categories=categories)))
+    specs = moe_specs('retinanet', ONE)
+    model = spread(build('retinanet', moe=specs))
+    specs[0]['router'] = {**specs[0]['router'], 'plan': ONE.to_dict()}
+    cfg = config_of('retinanet', moe=specs)
+    blood = dict(type='CocoDataset', data_root=str(tmp_path), ann_file='test.json')
+    cfg.test_dataloader = dict(dataset=dict(domains=dict(blood=blood), pipeline=[]))
+    plain, state, classes = extract_domain(cfg, model.state_dict(), 'blood')
+    assert classes == plain.test_dataloader.dataset.metainfo.classes == ('dot', 'crack', 'cell')
+    for one, other in zip(
+        detect(plainly(plain, state), 'blood'), detect(model, 'blood'), strict=True
+    ):
+        assert [classes[i] for i in one.labels] == [SPACE.classes[i] for i in other.labels]
+        assert torch.allclose(one.scores, other.scores, atol=1e-4)
 
 
 def test_class_rows_of_a_newcomer_are_put_back_in_their_places():
