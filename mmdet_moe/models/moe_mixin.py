@@ -146,7 +146,8 @@ class MoEMixin:
             adaptation = Adaptation(**adapt)
             own = adaptation.trained(self.moe_layers(), label_space)
             self._freeze('adapt', own, adaptation.train)
-            self.expert_start = adaptation.expert_start(plan)
+            plans = [found for found in map(_plan_of, specs) if found is not None]
+            self.expert_start = adaptation.expert_start(plans[0] if plans else None)
         if adapter_layers(self):
             print_log(str(count_parameters(self)), logger='current')
         self._embeds_known = any(
