@@ -44,13 +44,17 @@ class Adaptation:
             model's plan has more experts than that one: the old ones go where they were.
         start: What a new expert starts as: the old one that the plan says is ``'nearest'`` to the
             domain (largest affinity), the ``'mean'`` of all old ones, or one by name.
-        train: Regular expressions of whole parameter names: what is trained besides.
+        train: Regular expressions (or one) of whole parameter names: what is trained besides.
     """
 
     domain: str
     previous: str | Mapping[str, Any] | ExpertPlan | None = None
     start: str = NEAREST
     train: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.train, str):
+            object.__setattr__(self, 'train', (self.train,))
 
     def trained(self, layers: Mapping[str, MoELayer], space: LabelSpace | None) -> list[str]:
         """Regular expressions of the names of the domain's parameters: its experts' in each layer

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmdet_moe.moe import MoELayer, moe_layers
 from mmdet_moe.moe.layer import OWN_CHILDREN, copies_of, why_unlike
+from mmdet_moe.structures import LabelSpace
 
 
 class CheckpointError(ValueError):
@@ -54,7 +55,10 @@ class FitReport:
 
 
 def fit_checkpoint(
-    model: nn.Module, state_dict: Mapping[str, Tensor], classes: Sequence[str] | None = None
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    classes: Sequence[str] | None = None,
+    domains: Sequence[str] | None = None,
 ) -> tuple[dict[str, Tensor], FitReport]:
     """A state dict that loads into ``model``, from that of a dense or MoE model.
 
@@ -68,6 +72,9 @@ def fit_checkpoint(
         model: A model of :class:`~mmdet_moe.models.moe_mixin.MoEMixin`.
         state_dict: The checkpoint's weights.
         classes: The checkpoint's class names in the order of its rows, if known.
+        domains: Its domains in the order of its label space, if known: prototypes of
+            ``domain_features`` go by their names. Those of unknown owners, or of a layer with
+            another number of features, are left out.
 
     Returns:
         The new state dict and what was done to make it.
@@ -86,6 +93,7 @@ def fit_checkpoint(
     matched = False
     renamed = _renamed(model, state_dict)
     _grow(model, layers, renamed, own, report)
+    _place_prototypes(model, renamed, domains)
     for key, value in renamed.items():
         fitted[key] = value
         layer, target_key = _locate(layers, key)
@@ -199,6 +207,27 @@ def _grow(
                 state_dict[key] = whole
 
 
+def _place_prototypes(
+    model: nn.Module, state_dict: dict[str, Tensor], domains: Sequence[str] | None
+) -> None:
+    """Put the prototypes of the checkpoint's domains into the model's rows, in place."""
+    features = getattr(model, 'domain_features', None)
+    rows = state_dict.get('domain_features.mean')
+    if features is None or rows is None:
+        return
+    if domains is None and rows.shape == features.mean.shape:
+        domains = features.domains
+    if domains is None or rows.shape != (len(domains), features.mean.shape[1]):
+        for key in features.state_dict():
+            state_dict.pop(f'domain_features.{key}', None)
+        return
+    placed = rows.new_zeros(features.mean.shape)
+    for name, row in zip(domains, rows, strict=True):
+        if name in features.domains:
+            placed[features.domains.index(name)] = row
+    state_dict['domain_features.mean'] = placed
+
+
 def checkpoint_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """The weights of a checkpoint, which may be nothing but weights."""
     weights = checkpoint.get('state_dict', checkpoint)
@@ -218,6 +247,13 @@ def checkpoint_classes(checkpoint: Mapping[str, Any]) -> list[str] | None:
             if names:
                 return list(names)
     return None
+
+
+def checkpoint_domains(checkpoint: Mapping[str, Any]) -> list[str] | None:
+    """The domains of the label space that a checkpoint was trained with, if it says so."""
+    meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
+    space = meta.get('label_space')
+    return None if space is None else list(LabelSpace.from_config(space).domains)
 
 
 def _renamed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

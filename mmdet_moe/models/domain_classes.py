@@ -238,8 +238,8 @@ class MultiDomainHeadMixin:
         Raises:
             LabelSpaceError: A newcomer is not in the label space, or nobody was there before.
         """
-        blocks = newcomer_classes(self.label_space, self.newcomers)
-        return RowLayout(channels, blocks)
+        before, blocks = newcomer_classes(self.label_space, self.newcomers)
+        return RowLayout(channels, blocks, before if blocks else ())
 
     def class_rows(self) -> dict[str, tuple[str | None, ...]]:
         """Parameters with a row per class: name pattern -> the class of each channel of one anchor
@@ -257,28 +257,35 @@ class MultiDomainHeadMixin:
         return named_rows(pattern, self.row_layout(channels), self.label_space)
 
 
-def newcomer_classes(space: LabelSpace, newcomers: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """The unified ids that each newcomer brought, which no domain before it has.
+def newcomer_classes(
+    space: LabelSpace, newcomers: Sequence[str]
+) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+    """The unified ids of the domains before the newcomers, and those that each newcomer brought,
+    which no domain before it has.
+
+    Wherever the newcomers stand in the label space, the first are in the order of a label space
+    without them, and a newcomer's in the order of its own classes.
 
     Raises:
         LabelSpaceError: A newcomer is not in the label space, or nobody was there before.
     """
     if not newcomers:
-        return {}
+        return (), {}
     for name in newcomers:
         space.check_domain(name)
-    known = {i for d in space.domains if d not in newcomers for i in space.unified_ids(d)}
-    if not known:
+    old = [domain for domain in space.domains if domain not in newcomers]
+    if not old:
         raise LabelSpaceError(
             f'newcomers {list(newcomers)} are all domains of the label space: to whom do they come?'
         )
-    found = {}
+    known = dict.fromkeys(i for domain in old for i in space.unified_ids(domain))
+    before, found = tuple(known), {}
     for name in newcomers:
-        own = tuple(sorted(set(space.unified_ids(name)) - known))
-        known.update(own)
+        own = tuple(dict.fromkeys(i for i in space.unified_ids(name) if i not in known))
+        known.update(dict.fromkeys(own))
         if own:
             found[name] = own
-    return found
+    return before, found
 
 
 def named_rows(

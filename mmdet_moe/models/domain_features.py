@@ -70,6 +70,9 @@ class DomainFeatures(nn.Module):
     def set_prototypes(self, prototypes: Mapping[str, Any]) -> None:
         """Take what :func:`mmdet_moe.planning.affinity.dataset_prototypes` found.
 
+        Domains that are not in it keep what they have, and where some do, so does the
+        concentration: a newcomer alone says nothing about how far domains lie apart.
+
         Raises:
             ValueError: A domain that is not among :attr:`domains`, or another d.
         """
@@ -81,10 +84,11 @@ class DomainFeatures(nn.Module):
                 f'prototypes of {prototypes["dimension"]} numbers; the features of {self.layer!r} '
                 f'have {self.mean.shape[1]}'
             )
-        self.mean.zero_()
+        others = [i for i, name in enumerate(self.domains) if name not in prototypes['mean']]
         for name, mean in prototypes['mean'].items():
             self.mean[self.domains.index(name)] = self.mean.new_tensor(mean)
-        self.concentration.fill_(prototypes['concentration'])
+        if not (self.measured and self.mean[others].any()):
+            self.concentration.fill_(prototypes['concentration'])
 
     def extra_repr(self) -> str:
         return f'{len(self.domains)} domains, {self.mean.shape[1]} features of {self.layer}'

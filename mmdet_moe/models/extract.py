@@ -330,6 +330,11 @@ def _timm_backbone(backbone: EfficientNetLite) -> dict[str, Any]:
     """timm's twin of our EfficientNet-Lite, which has the same layers and the same padding."""
     if backbone.has_head:
         raise ExtractionError("backbone: timm's features have no level 5 (the head convolution)")
+    if len(backbone.stages) < backbone.num_stages:
+        raise ExtractionError(
+            f'backbone: ours ends with stage {len(backbone.stages) - 1}, the last of out_indices; '
+            f"timm's twin has stage {backbone.num_stages - 1} too, and no weights for it"
+        )
     return dict(
         type='mmpretrain.TIMMBackbone',
         model_name=f'tf_efficientnet_{backbone.arch}',

@@ -146,7 +146,8 @@ class MoEMixin:
             adaptation = Adaptation(**adapt)
             own = adaptation.trained(self.moe_layers(), label_space)
             self._freeze('adapt', own, adaptation.train)
-            self.expert_start = adaptation.expert_start(plan)
+            plans = [found for found in map(_plan_of, specs) if found is not None]
+            self.expert_start = adaptation.expert_start(plans[0] if plans else None)
         if adapter_layers(self):
             print_log(str(count_parameters(self)), logger='current')
         self._embeds_known = any(
@@ -246,17 +247,21 @@ class MoEMixin:
                 f'{option}: no parameter is called {idle[0]!r}; the last are {list(known)[-4:]}'
             )
         self._trained = (*own, *train)
-        frozen = dict.fromkeys(self._frozen)
-        for name, parameter in known.items():
-            if parameter.requires_grad and not self._is_trained(name):
-                parameter.requires_grad_(False)
-                frozen[name] = None
-        self._frozen = tuple(frozen)
+        self._freeze_untrained()
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(
                 f'{option} leaves nothing to train: '
                 + (f'{self.moe_names} are frozen too' if self.moe_names else 'no moe is given')
             )
+
+    def _freeze_untrained(self) -> None:
+        """Freeze what :meth:`_freeze` was not told to train; again where a part was built anew."""
+        frozen = dict.fromkeys(self._frozen)
+        for name, parameter in self.named_parameters():
+            if not self._is_trained(name) and (parameter.requires_grad or name in frozen):
+                parameter.requires_grad_(False)
+                frozen[name] = None
+        self._frozen = tuple(frozen)
 
     def class_rows(self) -> dict[str, tuple[str | None, ...]]:
         """Parameters with a row per class, by regular expression of their module's full name.

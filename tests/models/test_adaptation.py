@@ -11,6 +11,8 @@ from mmengine.optim import build_optim_wrapper
 from tiny_models import DOMAINS, build, images, moe_specs, raw_batch, retinanet_cfg, sample
 
 from mmdet_moe.models.checkpoint import fit_checkpoint
+from mmdet_moe.models.domain_classes import newcomer_classes
+from mmdet_moe.models.layers import RowLayout, with_blocks
 from mmdet_moe.moe import PlanRouter
 from mmdet_moe.planning import ExpertPlan
 from mmdet_moe.structures import LabelSpace
@@ -29,9 +31,8 @@ def adapted(kind, **options):
     old = build(kind, label_space=BEFORE, moe=moe_specs(kind, OLD_PLAN))
     options = {'adapt': dict(domain='blood', previous=OLD_PLAN, start='e1'), **options}
     new = build(
-        kind, seed=1, label_space=AFTER, moe=moe_specs(kind, PLAN), plan=PLAN,
-        newcomers=['blood'], **options,
-    )  # fmt: skip
+        kind, seed=1, label_space=AFTER, moe=moe_specs(kind, PLAN), newcomers=['blood'], **options
+    )
     spread(old)
     fitted, report = fit_checkpoint(new, old.state_dict(), BEFORE.classes)
     missing = new.load_state_dict(fitted, strict=False)
@@ -66,21 +67,22 @@ def assert_identical(before, after):
         assert torch.equal(boxes, boxes2) and torch.equal(scores, scores2) and names == names2
 
 
-def train(model, steps=2, lr=0.1):
+def train(model, steps=2, lr=0.1, batch=None):
     wrapper = build_optim_wrapper(
         model,
         ConfigDict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=lr, weight_decay=0.5)),
     )
     for _ in range(steps):
-        model.train_step(raw_batch_of(model), wrapper)
+        model.train_step(batch or raw_batch_of(model, 'blood', ['cell', 'crack']), wrapper)
 
 
-def raw_batch_of(model):
-    """Two images of blood, labelled in the model's label space."""
+def raw_batch_of(model, domain, names):
+    """Two images of a domain, labelled in the model's label space."""
     batch = raw_batch('retinanet', ['blood', 'blood'])
     for data_sample in batch['data_samples']:
-        ids = [model.label_space.unified_id(name) for name in ('cell', 'crack')]
+        ids = [model.label_space.unified_id(name) for name in names]
         data_sample.gt_instances.labels = torch.tensor(ids)
+        data_sample.set_metainfo(dict(domain=domain))
     return batch
 
 
@@ -106,18 +108,66 @@ def test_old_domains_are_detected_bit_identically_before_and_after_adapting(kind
     assert set(names) <= set(DOMAINS['blood']) and not torch.equal(scores, scores2)
 
 
+@pytest.mark.parametrize('channels', [5, 6], ids=['sigmoid', 'softmax'])
+def test_old_rows_keep_their_order_wherever_the_newcomer_stands(channels):
+    """Before: car, dog, crack. blood comes first and makes it cell, dot, crack, car, dog."""
+    space = LabelSpace({name: DOMAINS[name] for name in ('blood', 'street', 'yard')})
+    assert space.classes == ('cell', 'dot', 'crack', 'car', 'dog')
+    before, blocks = newcomer_classes(space, ['blood'])
+    assert [space.classes[i] for i in before] == list(BEFORE.classes)
+    layout = RowLayout(channels, blocks, before)
+    background = tuple(range(5, channels))
+    assert layout.own == (3, 4, 2, *background) and layout.blocks == {'blood': (0, 1)}
+    # What the blocks give comes out in the order of the label space.
+    dense = torch.nn.Linear(3, channels)
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(with_blocks(dense, layout)(x), dense(x))
+    # A second newcomer, listed before the first one, changes neither the old rows nor the first's.
+    late = {'late': ['dot', 'tree', 'dog']}
+    both = LabelSpace({**late, **{name: space.local_classes(name) for name in space.domains}})
+    before, blocks = newcomer_classes(both, ['blood', 'late'])
+    assert [both.classes[i] for i in before] == list(BEFORE.classes)
+    names = {name: [both.classes[i] for i in ids] for name, ids in blocks.items()}
+    assert names == {'blood': ['cell', 'dot'], 'late': ['tree']}
+
+
+def test_a_newcomer_without_classes_of_its_own_trains_its_expert_alone():
+    """As UODB's Comic after COCO: all its classes are known, and their rows stay as they are."""
+    domains = {**DOMAINS, 'comic': ['dog', 'cell']}
+    plan = ExpertPlan.from_assignment(
+        {'street': 'e0', 'yard': 'e1', 'blood': 'e1', 'comic': 'e2'}, experts=3
+    )
+    model = build(
+        'retinanet', label_space=LabelSpace(domains), moe=moe_specs('retinanet', plan),
+        newcomers=['comic'], adapt=dict(domain='comic'),
+    )  # fmt: skip
+    assert not any('newcomers' in key for key in model.state_dict())
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    assert trained and all('.experts.2.' in key for key in trained)
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_an_adapted_checkpoint_loads_again_and_another_newcomer_leaves_it_alone(kind):
     _, new, _, _ = adapted(kind)
     train(new, steps=1)
-    again = build(
-        kind, seed=2, label_space=AFTER, moe=moe_specs(kind, PLAN), plan=PLAN,
-        newcomers=['blood'], adapt=dict(domain='blood', previous=OLD_PLAN),
-    )  # fmt: skip
-    fitted, report = fit_checkpoint(again, new.state_dict(), AFTER.classes)
+    fitted, report = fit_checkpoint(new, new.state_dict(), AFTER.classes)
     assert not report.rows and not report.grown and not report.reinitialised
-    again.load_state_dict(fitted, strict=True)
-    assert_identical(detections(new, 'blood', 'street'), detections(again, 'blood', 'street'))
+    assert all(torch.equal(value, fitted[key]) for key, value in new.state_dict().items())
+    # late shares a class with blood alone, and stands before all others.
+    space = LabelSpace({'late': ['dot', 'tree'], **{d: DOMAINS[d] for d in AFTER.domains}})
+    plan = ExpertPlan.from_assignment({**PLAN.assignment, 'late': 'e3'}, experts=4)
+    later = build(
+        kind, seed=2, label_space=space, moe=moe_specs(kind, plan), newcomers=['blood', 'late'],
+        adapt=dict(domain='late', previous=PLAN),
+    )  # fmt: skip
+    fitted, report = fit_checkpoint(later, new.state_dict(), AFTER.classes)
+    assert report.reinitialised == ['tree'] and list(report.grown) == ['e3']
+    later.load_state_dict(fitted, strict=False)
+    train(later, 1, batch=raw_batch_of(later, 'late', ['dot', 'tree']))
+    trained = {key for key, p in later.named_parameters() if p.requires_grad}
+    assert all('.experts.3.' in key or '.newcomers.late.' in key for key in trained)
+    for batch in (('blood', 'street'), ('yard',)):
+        assert_identical(detections(new, *batch), detections(later, *batch))
 
 
 def test_new_expert_starts_as_it_is_told():
@@ -163,7 +213,7 @@ def test_what_the_config_frees_is_trained_too_and_frozen_norms_rest():
     rest = {n for n, m in norms.items() if not m.training}
     assert rest == {n for n in norms if '.experts.2.' not in n and 'layer3' not in n}
     with pytest.raises(ValueError, match="no parameter is called 'nothing'"):
-        adapted('retinanet', adapt={**free, 'train': ['nothing']})
+        adapted('retinanet', adapt={**free, 'train': 'nothing'})
 
 
 def test_wrong_adaptations_are_refused():

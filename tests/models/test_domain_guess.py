@@ -22,6 +22,7 @@ from tiny_models import (
     yard_sample,
 )
 
+from mmdet_moe.models.checkpoint import checkpoint_domains, fit_checkpoint
 from mmdet_moe.models.domain_features import DomainFeatures, last_unrouted_layer, pool_features
 from mmdet_moe.moe import RoutingState
 from mmdet_moe.moe.routers.plan import PlanRouter
@@ -196,6 +197,41 @@ def test_prototypes_that_do_not_fit_are_refused():
     features.set_prototypes(dict(mean=dict(b=[0.0, 1.0]), dimension=2, concentration=4.0))
     rows, concentration = features.prototypes()
     assert list(rows) == ['b'] and concentration == 4.0, 'a was not measured and is nobody nearest'
+
+
+def test_prototypes_of_others_stay_when_a_newcomers_are_measured():
+    features = DomainFeatures(['a', 'b', 'c'], 'backbone', 2)
+    features.set_prototypes(dict(mean=dict(a=[1.0, 0], b=[0, 1.0]), dimension=2, concentration=4.0))
+    features.set_prototypes(dict(mean=dict(c=[0.6, 0.8]), dimension=2, concentration=1.0))
+    rows, concentration = features.prototypes()
+    assert {name: row.tolist() for name, row in rows.items()} == dict(
+        a=[1.0, 0.0], b=[0.0, 1.0], c=pytest.approx([0.6, 0.8])
+    )
+    assert concentration == 4.0, 'of one domain it cannot be told'
+
+
+def test_prototypes_are_loaded_by_the_domains_names():
+    """A checkpoint of yard and street, in that order, fits a model that blood has joined."""
+    model = build('retinanet', domain_features=dict(layer='backbone'), init=False)
+    assert SPACE.domains == ('street', 'blood', 'yard')
+    width = model.domain_features.mean.shape[1]
+    yard, street = torch.eye(2, width)
+    saved = {
+        'domain_features.mean': torch.stack([yard, street]),
+        'domain_features.concentration': torch.tensor(9.0),
+    }
+    space = {'domains': dict(yard=['dog'], street=['car'])}
+    domains = checkpoint_domains({'meta': {'dataset_meta': {'label_space': space}}})
+    fitted, _ = fit_checkpoint(model, {**model.state_dict(), **saved}, domains=domains)
+    model.load_state_dict(fitted)
+    rows, concentration = model.domain_features.prototypes()
+    assert list(rows) == ['street', 'yard'] and concentration == 9.0
+    assert torch.equal(rows['yard'], yard) and torch.equal(rows['street'], street)
+    # Of another layer, or of nobody knows whom: they are to be measured anew.
+    other = {**saved, 'domain_features.mean': torch.ones(2, width + 1)}
+    for given, whose in ((other, domains), (saved, None)):
+        fitted, _ = fit_checkpoint(model, {**model.state_dict(), **given}, domains=whose)
+        assert not any(key.startswith('domain_features') for key in fitted)
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -818,6 +818,7 @@ def test_check_names_each_defect(tmp_path, monkeypatch, capsys, words):
         ('dota', 'val/labelTxt/P0003.txt', '1 2 3 ship\n', 'not a line of DOTA labels'),
         ('deeplesion', 'DL_info.csv', 'File_name\n', 'lacks the columns Bounding_boxes'),
         ('coco', 'annotations/instances_val2017.json', '[]', 'is not a file of COCO annotations'),
+        ('coco', 'annotations/instances_val2014.json', '{"images": []}', 'it has no annotations'),
         (
             'widerface',
             'wider_face_split/wider_face_val_bbx_gt.txt',

@@ -60,7 +60,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('checkpoint', help='what to test')
     parser.add_argument('--modes', nargs='+', choices=DOMAIN_MODES, default=list(DOMAIN_MODES))
     parser.add_argument('--guess', nargs='+', choices=GUESSES, default=list(GUESSES))
-    parser.add_argument('--layer', help='feature layer; default: the last without experts')
+    parser.add_argument(
+        '--layer', help='feature layer, measured anew; default: the last without experts'
+    )
     parser.add_argument(
         '--measure', action='store_true', help='measure prototypes even if the checkpoint has some'
     )
@@ -225,7 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     runner = build_runner(args)
     model, cfg = unwrapped_model(runner), runner.cfg
-    if model.domain_features is not None and (args.measure or not model.domain_features.measured):
+    anew = args.measure or args.layer  # the checkpoint does not say of which layer it has some
+    if model.domain_features is not None and (anew or not model.domain_features.measured):
         images = measure_prototypes(model, prototype_dataset(cfg), args.max_images)
         print(f'prototypes of {model.domain_features.layer}: {images} training images')
     if args.save:

@@ -8,6 +8,7 @@ from mmengine.runner import CheckpointLoader, Runner
 
 from mmdet_moe.models.checkpoint import (
     checkpoint_classes,
+    checkpoint_domains,
     checkpoint_weights,
     copy_class_rows,
     fit_checkpoint,
@@ -52,9 +53,8 @@ class UpcycleHook(Hook):
         if runner._resume:
             return
         weights = checkpoint_weights(checkpoint)
-        fitted, report = fit_checkpoint(
-            unwrapped_model(runner), weights, checkpoint_classes(checkpoint)
-        )
+        classes, domains = checkpoint_classes(checkpoint), checkpoint_domains(checkpoint)
+        fitted, report = fit_checkpoint(unwrapped_model(runner), weights, classes, domains)
         if weights is checkpoint:
             checkpoint.clear()
             checkpoint.update(fitted)

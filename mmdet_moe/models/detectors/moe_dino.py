@@ -36,9 +36,8 @@ class MoEDINO(MoEMixin, DINO):
                 layout = self.bbox_head.row_layout(generator.num_classes)
                 generator.label_embedding = with_blocks(generator.label_embedding, layout)
             self.dn_query_generator = generator
-            for name, parameter in self.named_parameters():
-                if name in self._frozen:  # the generator is new
-                    parameter.requires_grad_(False)
+            if self._trained:  # the generator is new
+                self._freeze_untrained()
 
     def forward_transformer(
         self, img_feats: tuple[Tensor, ...], batch_data_samples: OptSampleList = None

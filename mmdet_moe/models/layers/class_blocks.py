@@ -23,14 +23,18 @@ class RowLayout:
 
     Args:
         channels: C.
-        blocks: Newcomer -> its channels, increasing. All others are the layer's own.
+        blocks: Newcomer -> its channels. All others are the layer's own.
+        first: The own channels that come first, in the order that they had before any newcomer;
+            the rest of the own ones follow.
     """
 
-    def __init__(self, channels: int, blocks: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, channels: int, blocks: Mapping[str, Sequence[int]], first: Sequence[int] = ()
+    ) -> None:
         self.channels = channels
         self.blocks = {name: tuple(rows) for name, rows in blocks.items()}
-        taken = {row for rows in self.blocks.values() for row in rows}
-        self.own = tuple(row for row in range(channels) if row not in taken)
+        taken = {*first, *(row for rows in self.blocks.values() for row in rows)}
+        self.own = (*first, *(row for row in range(channels) if row not in taken))
         placed = [*self.own, *(row for rows in self.blocks.values() for row in rows)]
         #: For each channel its place in the own ones followed by the blocks'.
         self.order = tuple(placed.index(row) for row in range(channels))

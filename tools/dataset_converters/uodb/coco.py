@@ -22,7 +22,7 @@ SIZES = {'train': 35504, 'test': 5000}
 def read(args: argparse.Namespace) -> Reading:
     """``annotations/instances_val2014.json``, the ids of minival, and the images."""
     path = find(args.src, 'annotations/instances_val2014.json')
-    content = _load(path)
+    content = _load(path, 'images', 'annotations', 'categories')
     names = {category['id']: category['name'] for category in content['categories']}
     boxes: dict[int, list[Box]] = defaultdict(list)
     for annotation in content['annotations']:
@@ -55,20 +55,21 @@ def minival_ids(args: argparse.Namespace) -> set[int]:
         'annotations/instances_minival2014.json',
         'annotations/instances_val2017.json',
     )
-    ids = [image['id'] for image in _load(path)['images']]
+    ids = [image['id'] for image in _load(path, 'images')['images']]
     twice = [number for number, count in Counter(ids).items() if count > 1]
     if twice:
         raise ValueError(f'{path} lists {len(twice)} images twice, such as {twice[0]}')
     return set(ids)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, *parts: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f'cannot read {path}: {error}') from None
-    if not isinstance(content, dict) or 'images' not in content:
-        raise ValueError(f'{path} is not a file of COCO annotations: it has no images')
+    lacking = [part for part in parts if not isinstance(content, dict) or part not in content]
+    if lacking:
+        raise ValueError(f'{path} is not a file of COCO annotations: it has no {lacking[0]}')
     return content
 
 
