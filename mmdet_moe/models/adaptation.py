@@ -43,7 +43,8 @@ class Adaptation:
         previous: The plan (file) that the checkpoint to load was trained with. Needed where the
             model's plan has more experts than that one: the old ones go where they were.
         start: What a new expert starts as: the old one that the plan says is ``'nearest'`` to the
-            domain (largest affinity), the ``'mean'`` of all old ones, or one by name.
+            domain (largest affinity), the ``'mean'`` of all old ones, or one by name. A plan made
+            by hand has no affinities: nearest is the mean there.
         train: Regular expressions (or one) of whole parameter names: what is trained besides.
     """
 
@@ -99,10 +100,10 @@ class Adaptation:
         return ExpertStart(old, {name: self._sources(now, old) for name in now.experts[len(old) :]})
 
     def _sources(self, plan: ExpertPlan, old: tuple[str, ...]) -> list[int]:
-        if self.start == MEAN:
+        row = plan.affinity[plan.datasets.index(self.domain), : len(old)]
+        if self.start == MEAN or (self.start == NEAREST and not row.any()):
             return list(range(len(old)))
         if self.start == NEAREST:
-            row = plan.affinity[plan.datasets.index(self.domain), : len(old)]
             return [int(row.argmax())]
         if self.start not in old:
             raise ValueError(f'adapt: start: {unknown_name(self.start, [NEAREST, MEAN, *old], "")}')

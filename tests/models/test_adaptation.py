@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.optim import build_optim_wrapper
 from tiny_models import DOMAINS, build, images, moe_specs, raw_batch, retinanet_cfg, sample
 
+from mmdet_moe.models.adaptation import Adaptation
 from mmdet_moe.models.checkpoint import fit_checkpoint
 from mmdet_moe.models.domain_classes import newcomer_classes
 from mmdet_moe.models.layers import RowLayout, with_blocks
@@ -187,6 +189,15 @@ def test_new_expert_starts_as_it_is_told():
     key, value = next(iter(layer.experts[2].named_parameters()))
     two = [dict(e.named_parameters())[key] for e in old.get_submodule(name).experts]
     assert torch.allclose(value, (two[0] + two[1]) / 2, atol=1e-7)
+
+
+def test_nearest_is_the_largest_affinity_and_without_affinities_the_mean():
+    adaptation = Adaptation(domain='blood', previous=OLD_PLAN)
+    assert adaptation.expert_start(PLAN).new == {'e2': [0, 1]}, 'made by hand'
+    measured = copy.copy(PLAN)
+    measured.affinity = np.zeros((3, 3))
+    measured.affinity[PLAN.datasets.index('blood')] = [-0.9, -0.1, 1.0]
+    assert adaptation.expert_start(measured).new == {'e2': [1]}
 
 
 def test_newcomer_on_an_existing_expert_trains_that_one():
