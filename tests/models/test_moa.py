@@ -198,9 +198,15 @@ def test_an_ema_copy_keeps_one_pair_of_kronecker_factors():
 
 @pytest.fixture
 def emoji(tmp_path, monkeypatch):
-    """A folder of style/class/concept.png, as the configs read it."""
+    """A folder of style/class/concept.png, as the configs read it, and runners without words: the
+    description of the machine and the config's pretty print take seconds of each."""
     import cv2
     import numpy as np
+    from mmengine.runner import Runner
+
+    monkeypatch.setattr(Runner, '_log_env', lambda self, env_cfg: None)
+    plain = property(lambda cfg: ''.join(f'{k} = {v!r}\n' for k, v in cfg.to_dict().items()))
+    monkeypatch.setattr(Config, 'pretty_text', plain)
 
     rng = np.random.default_rng(0)
     for style in ('noto', 'openmoji'):
