@@ -103,5 +103,11 @@ def two_processes(worker: Callable[[int, int, str], None], folder: Path) -> list
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(worker, (port, str(folder)), nprocs=2)
+    # Forked from a server that has imported torch once, for all tests of the session.
+    torch.multiprocessing.get_context('forkserver').set_forkserver_preload(
+        ['mmdet_moe.moe', 'pytest']
+    )
+    torch.multiprocessing.start_processes(
+        worker, (port, str(folder)), nprocs=2, start_method='forkserver'
+    )
     return [torch.load(folder / f'{rank}.pth') for rank in range(2)]

@@ -61,6 +61,8 @@ def test_erm_with_resnet50_on_pacs(tmp_path, monkeypatch, scope):
         monkeypatch.setenv(name, value)
     cfg = Config.fromfile(CONFIGS / 'erm_resnet50.py')
     cfg.train_dataloader.batch_size = 1
+    cfg.model.backbone.update(base_channels=4, stem_channels=4)  # the same, and narrow
+    cfg.model.head.in_channels = 128
     cfg.train_dataloader.dataset.check = False
     batch = trained_step(cfg)
     assert batch['inputs'].shape == (3, 3, 224, 224)
@@ -84,9 +86,40 @@ def test_erm_on_emoji_holds_out_both_fluent_styles(tmp_path, monkeypatch, scope)
     monkeypatch.setenv('EMOJI_DG', f'{tmp_path}/')
     monkeypatch.setenv('DG_TEST', 'fluent_hc')
     batch = trained_step(Config.fromfile(CONFIGS / 'erm_vit-tiny_emoji.py'))
-    assert batch['inputs'].shape == (48, 3, 64, 64)
+    assert batch['inputs'].shape == (24, 3, 64, 64)
     styles = [x.domain for x in batch['data_samples']]
-    assert styles == ['noto'] * 16 + ['openmoji'] * 16 + ['twemoji'] * 16
+    assert styles == ['noto'] * 8 + ['openmoji'] * 8 + ['twemoji'] * 8
+
+
+@pytest.mark.parametrize(
+    ('name', 'variable'),
+    [('erm_resnet50', 'RESNET50'), ('vit-s16_dense', 'DEIT_SMALL')],
+)
+def test_pretrained_weights_are_the_owners_or_those_that_the_environment_names(
+    monkeypatch, name, variable
+):
+    def checkpoint():
+        cfg = Config.fromfile(CONFIGS / f'{name}.py', format_python_code=False)
+        return cfg.model.backbone.init_cfg.checkpoint
+
+    default = checkpoint()
+    assert default.startswith('https://') and default.endswith('.pth')
+    monkeypatch.setenv(variable, '/weights/mine.pth')
+    assert checkpoint() == '/weights/mine.pth'
+
+
+@pytest.mark.parametrize(
+    ('name', 'dataset', 'lr', 'weight_decay'),
+    [
+        ('vit-s16_sf-moe-e6-paper', 'TerraIncognita', 3e-5, 1e-4),
+        ('vit-s16_gmoe-e6-published', 'OfficeHome', 1e-5, 0.0),
+    ],
+)
+def test_a_row_of_the_table_has_the_published_recipe(monkeypatch, name, dataset, lr, weight_decay):
+    monkeypatch.setenv('DG_DATASET', dataset)
+    cfg = Config.fromfile(CONFIGS / f'{name}.py', format_python_code=False)
+    wanted = dict(type='Adam', lr=lr, weight_decay=weight_decay)
+    assert cfg.optim_wrapper.optimizer == wanted
 
 
 def test_a_config_takes_its_published_recipe_by_the_data_set(tmp_path, monkeypatch):

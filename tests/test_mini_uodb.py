@@ -12,7 +12,8 @@ DOMAINS = ('bccd', 'deeppcb', 'hituav', 'hdbpmn', 'cheetah')
 CONFIG = ROOT / 'configs/gem/gem-retinanet_effnet-lite0_mini-uodb.py'
 
 
-def test_every_model_of_the_router_suite_gets_the_same_budget(monkeypatch):
+@pytest.mark.parametrize('name', ['routers', 'retinanet', 'dino'])
+def test_every_model_of_a_suite_gets_the_same_budget(monkeypatch, name):
     from argparse import ArgumentParser
 
     from mmengine.config import Config, DictAction
@@ -23,10 +24,11 @@ def test_every_model_of_the_router_suite_gets_the_same_budget(monkeypatch):
     parser = ArgumentParser()
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     budget = mini_uodb.Budget(size=224, start_steps=100, steps=40)
-    suite = mini_uodb.SUITES['routers']
-    assert {'dense', 'gem', 'topk', 'soft', 'remoe', 'moe-pp', 'damex'} <= set(suite)
+    suite = mini_uodb.SUITES[name]
+    wanted = {'topk', 'soft', 'remoe', 'moe-pp'} if name == 'routers' else {'single'}
+    assert {'dense', 'gem', 'damex'} | wanted <= set(suite)
     found = []
-    for config in suite.values():
+    for config in [config for model, config in suite.items() if model != 'single']:
         cfg = Config.fromfile(str(ROOT / config), format_python_code=False)
         for options in (
             budget.train_options(40, load_from=Path('start.pth')),
@@ -41,6 +43,46 @@ def test_every_model_of_the_router_suite_gets_the_same_budget(monkeypatch):
     warm, cosine = found[0][1]
     assert (warm.end, cosine.begin, cosine.end, cosine.T_max) == (4, 4, 40, 36)
     assert all(one == found[0] for one in found)
+
+
+def test_models_of_one_domain_have_the_steps_of_one_of_the_others_together(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import mini_uodb
+
+    trained = []
+
+    def train(steps, what, config, folder, seed, options, env):
+        trained.append((env['SINGLE_DOMAIN'], options))
+        return folder / 'iter.pth'
+
+    monkeypatch.setattr(mini_uodb.job, 'train', train)
+    monkeypatch.setattr(mini_uodb.job, 'test', lambda *_: {})
+    budget = mini_uodb.Budget(size=224, start_steps=400, steps=200)
+    tests = mini_uodb.singles(None, 'single.py', tmp_path, 0, DOMAINS, budget)
+    # (400 + 200) / 5 steps each.
+    assert [domain for domain, _ in trained] == list(DOMAINS)
+    assert all('train_cfg.max_iters=120' in options for _, options in trained)
+    assert tests[0] == f'single={tmp_path}/test-single-bccd/metrics.json'
+
+
+def test_a_domain_that_is_held_out_is_in_nothing(monkeypatch, tmp_path):
+    from mmengine.config import Config
+
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import mini_uodb
+
+    monkeypatch.setenv('MINI_UODB_HELD_OUT', 'bccd')
+    cfg = Config.fromfile(str(CONFIG), format_python_code=False)
+    rest = [name for name in DOMAINS if name != 'bccd']
+    parts = [cfg.label_space.domains, cfg.train_dataloader.dataset.domains]
+    parts += [cfg.test_dataloader.dataset.domains, cfg.test_evaluator.metrics]
+    assert all(list(part) == rest for part in parts)
+    for name in DOMAINS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'train.json').touch()
+    assert mini_uodb.domains_of(tmp_path, 'bccd') == sorted(rest)
+    with pytest.raises(mini_uodb.job.StepError, match="no domain 'coco'"):
+        mini_uodb.domains_of(tmp_path, 'coco')
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f'{DATA} is not there')

@@ -27,7 +27,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,8 @@ def trainings_of(
                 load_from=None if before is None else before.folder,
                 content=hashlib.sha256(text.encode()).hexdigest(),
                 threads=args.threads,
+                # Jobs of another machine, or of a Ray that was there before, do not have them.
+                inherited=configs[path].env_variables,
             )
             found.append(Training(job, name, dataset, held_out, draw, is_stage))
         if is_stage:
@@ -250,6 +252,11 @@ def trainings_of(
 # --------------------------------------------------------------------------------------------------
 # Running them
 # --------------------------------------------------------------------------------------------------
+
+
+def with_gpus(job: Job, visible: str) -> Job:
+    """The job on these GPUs (``CUDA_VISIBLE_DEVICES``)."""
+    return replace(job, inherited={**job.inherited, 'CUDA_VISIBLE_DEVICES': visible})
 
 
 class Processes:
@@ -263,8 +270,7 @@ class Processes:
     def start(self, job: Job) -> None:
         slot = min(set(range(self.at_once)) - {slot for _, slot in self.running.values()})
         if self.gpus:
-            env = {**job.env, 'CUDA_VISIBLE_DEVICES': str(slot % self.gpus)}
-            job = Job(**{**vars(job), 'env': env})
+            job = with_gpus(job, str(slot % self.gpus))
         self.running[job.name] = (dg_jobs.start(job), slot)
 
     def has_room(self) -> bool:
@@ -294,7 +300,9 @@ class Processes:
 class RayTasks:
     """Jobs as tasks of Ray, on this machine or on those of the cluster at ``address``."""
 
-    def __init__(self, at_once: int, address: str | None, cpus: float, gpus: float) -> None:
+    def __init__(
+        self, at_once: int, address: str | None, cpus: float, gpus: float | None = None
+    ) -> None:
         os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
         import ray
 
@@ -309,15 +317,24 @@ class RayTasks:
         else:
             options.update(address=address)
         ray.init(**options)
+        if gpus is None:  # Ray hides the GPUs from whom has asked for none
+            gpus = 1 if ray.cluster_resources().get('GPU') else 0
         root = str(ROOT)
 
-        def task(job: Job) -> int:
+        # Of built-in types, which a worker reads before it knows where mmdet_moe is.
+        def task(content: dict[str, Any]) -> int:
+            import os
             import sys
 
             if root not in sys.path:
                 sys.path.insert(0, root)
-            from mmdet_moe.jobs import start
+            from mmdet_moe.jobs import Job, start
 
+            job = Job(**content)
+            if gpus:  # a worker's jobs are forked from a process that has seen its first GPU only
+                visible = os.environ.get('CUDA_VISIBLE_DEVICES', '')
+                inherited = {**job.inherited, 'CUDA_VISIBLE_DEVICES': visible}
+                job = Job(**{**content, 'inherited': inherited})
             process = start(job)
             process.join()
             return process.exitcode
@@ -328,7 +345,7 @@ class RayTasks:
         self.running: dict[Any, str] = {}
 
     def start(self, job: Job) -> None:
-        self.running[self.remote.remote(job)] = job.name
+        self.running[self.remote.remote(vars(job))] = job.name
 
     def has_room(self) -> bool:
         return self.at_once is None or len(self.running) < self.at_once
@@ -351,6 +368,28 @@ class RayTasks:
         self.ray.shutdown()
 
 
+def done_of(jobs: Sequence[Job]) -> set[str]:
+    """Names of the jobs that need not be done, a stage only while its checkpoint is there for those
+    that start from it."""
+    done = {job.name for job in jobs if job.is_done()}
+    needed = {job.after for job in jobs if job.name not in done}
+    for job in reversed(jobs):  # stages stand before what needs them
+        if job.name in done and job.name in needed and job.checkpoint is None:
+            done.remove(job.name)
+            needed.add(job.after)
+    return done
+
+
+def is_seen(job: Job, patience: float = 60) -> bool:
+    """Whether a job that says it is done is so here; a shared file system may lag behind."""
+    until = time.monotonic() + patience
+    while not job.is_done():
+        if time.monotonic() > until:
+            return False
+        time.sleep(1)
+    return True
+
+
 def run_jobs(jobs: Sequence[Job], backend: Any, clean: bool = False) -> dict[str, str]:
     """Do the jobs that are not done, each after the one it needs; why some are not, by name."""
     from rich.console import Console
@@ -363,7 +402,7 @@ def run_jobs(jobs: Sequence[Job], backend: Any, clean: bool = False) -> dict[str
         TimeRemainingColumn,
     )
 
-    done = {job.name for job in jobs if job.is_done()}
+    done = done_of(jobs)
     left = [job for job in jobs if job.name not in done]
     by_name = {job.name: job for job in jobs}
     failed: dict[str, str] = {}
@@ -389,7 +428,7 @@ def run_jobs(jobs: Sequence[Job], backend: Any, clean: bool = False) -> dict[str
             for name, code in backend.wait(1.0).items() if backend.running else ():
                 progress.advance(bar)
                 seconds = time.monotonic() - begun[name]
-                if code == 0 and by_name[name].is_done():
+                if code == 0 and is_seen(by_name[name]):
                     done.add(name)
                     if clean and all(other.load_from != by_name[name].folder for other in jobs):
                         for file in (Path(by_name[name].folder) / 'train').glob('*.pth'):
@@ -397,6 +436,8 @@ def run_jobs(jobs: Sequence[Job], backend: Any, clean: bool = False) -> dict[str
                     console.print(f'{name}: {seconds:.0f} s')
                 else:
                     failed[name] = f'failed ({code}) after {seconds:.0f} s, see {by_name[name].log}'
+                    if code == 0:
+                        failed[name] = 'done elsewhere, but not in --out here: is it shared?'
                     console.print(f'{name}: {failed[name]}')
     return failed
 
@@ -431,10 +472,11 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(args)
     jobs = [training.job for training in plan.trainings]
     if args.dry_run:
+        done = done_of(jobs)
         for job in jobs:
-            print(f'{"done" if job.is_done() else "to do"}  {job.name}')
+            print(f'{"done" if job.name in done else "to do"}  {job.name}')
         return 0
-    if any(not job.is_done() for job in jobs):
+    if len(done_of(jobs)) < len(jobs):
         backend = make_backend(args)
         try:
             failed = run_jobs(jobs, backend, args.no_checkpoints)
@@ -526,7 +568,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--backend', choices=['ray', 'processes'], help='default: ray, where it is installed')
     add('--address', help="a Ray cluster's address: auto, or ray://HOST:10001")
     add('--gpus', type=int, default=0, help='GPUs that --backend processes deals out')
-    add('--gpus-per-job', type=float, default=0, help='under Ray; may be a fraction')
+    add(
+        '--gpus-per-job',
+        type=float,
+        help='under Ray; may be a fraction (default: 1 where there are GPUs)',
+    )
     add('--no-checkpoints', action='store_true', help='delete those of trainings that are done')
     add('--dry-run', action='store_true', help='list the trainings')
     add('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')

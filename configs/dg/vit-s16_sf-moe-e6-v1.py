@@ -1,3 +1,3 @@
 # SF-MoE as the code of v1 has it: blocks 3, 6, 9 and 12 are sparse.
-_base_ = ['./vit-s16_dense.py', '../_base_/vit_moe.py']
-model = dict(moe=[dict(blocks='[FFS]*4', **_base_.sf_moe)])
+_base_ = './vit-s16_sf-moe-e6-v2.py'
+model = dict(moe=[{**_base_.model.moe[0], 'blocks': '[FFS]*4'}])

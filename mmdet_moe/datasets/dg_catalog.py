@@ -23,7 +23,7 @@ class DGInfo:
         num_classes: The number of classes.
         source: Who publishes it, and where.
         classes: The classes' names, where they are folders' names that are always the same.
-        images: The number of images, where every complete copy has this number.
+        images: The numbers of images that complete copies have, where these are known.
         layout: ``folders`` (``<domain>/<class>/<image>``), or a reader of ``dg_readers``.
     """
 
@@ -32,7 +32,7 @@ class DGInfo:
     num_classes: int
     source: str
     classes: tuple[str, ...] | None = None
-    images: int | None = None
+    images: tuple[int, ...] = ()
     layout: str = 'folders'
 
 
@@ -47,7 +47,7 @@ CATALOG: dict[str, DGInfo] = {
         7,
         'its authors (Li et al., ICCV 2017), www.eecs.qmul.ac.uk/~dl307/project_iccv2017',
         classes=('dog', 'elephant', 'giraffe', 'guitar', 'horse', 'house', 'person'),
-        images=9991,
+        images=(9991,),
     ),
     'VLCS': DGInfo(
         'VLCS',
@@ -55,14 +55,14 @@ CATALOG: dict[str, DGInfo] = {
         5,
         f'its authors (Fang et al., ICCV 2013); {_DOMAINBED} has the folders',
         classes=('bird', 'car', 'chair', 'dog', 'person'),
-        images=10729,
+        images=(10729,),
     ),
     'OfficeHome': DGInfo(
         'office_home',
         ('Art', 'Clipart', 'Product', 'Real World'),
         65,
         'its authors (Venkateswara et al., CVPR 2017), hemanthdv.org/OfficeHome-Dataset',
-        images=15588,
+        images=(15588,),
     ),
     'TerraIncognita': DGInfo(
         'terra_incognita',
@@ -70,14 +70,14 @@ CATALOG: dict[str, DGInfo] = {
         10,
         'Caltech Camera Traps (Beery et al., ECCV 2018), '
         f'lila.science/datasets/caltech-camera-traps; {_DOMAINBED} sorts them into folders',
-        images=24788,
+        images=(24788, 24330),  # of 2020, and what the owner publishes since
     ),
     'DomainNet': DGInfo(
         'domain_net',
         ('clipart', 'infograph', 'painting', 'quickdraw', 'real', 'sketch'),
         345,
         f'its authors (Peng et al., ICCV 2019), ai.bu.edu/M3SDA; {_DOMAINBED} drops duplicates',
-        images=586575,
+        images=(586575,),
     ),
     'SVIRO': DGInfo(
         'sviro',
@@ -91,7 +91,7 @@ CATALOG: dict[str, DGInfo] = {
         2,
         _WILDS,
         classes=('normal', 'tumor'),
-        images=455954,
+        images=(455954,),
         layout='camelyon17',
     ),
     'WILDSFMoW': DGInfo(
@@ -107,7 +107,7 @@ CATALOG: dict[str, DGInfo] = {
         10,
         _MNIST,
         classes=tuple('0123456789'),
-        images=70000,
+        images=(70000,),
         layout='rotated',
     ),
     'ColoredMNIST': DGInfo(
@@ -116,7 +116,7 @@ CATALOG: dict[str, DGInfo] = {
         2,
         _MNIST,
         classes=('5-9', '0-4'),
-        images=70000,
+        images=(70000,),
         layout='colored',
     ),
     # The same two from scikit-learn's 1797 digits of 8 x 8, which need no file.
@@ -126,7 +126,7 @@ CATALOG: dict[str, DGInfo] = {
         10,
         'scikit-learn (sklearn.datasets.load_digits)',
         classes=tuple('0123456789'),
-        images=1797,
+        images=(1797,),
         layout='rotated',
     ),
     'ColoredDigits': DGInfo(
@@ -135,7 +135,7 @@ CATALOG: dict[str, DGInfo] = {
         2,
         'scikit-learn (sklearn.datasets.load_digits)',
         classes=('5-9', '0-4'),
-        images=1797,
+        images=(1797,),
         layout='colored',
     ),
 }

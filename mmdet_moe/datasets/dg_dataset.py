@@ -179,11 +179,12 @@ class DGDataset(DomainImageFolder):
             raise MissingData(
                 f'{self.data_root} has {len(self.CLASSES)} classes, not {self.info.num_classes}'
             )
-        if self.domains == self.info.domains and self.info.images not in (None, len(images)):
+        known = self.info.images
+        if known and self.domains == self.info.domains and len(images) not in known:
             counts = dict(Counter(image['domain'] for image in images))
             raise MissingData(
-                f'{self.data_root} has {len(images)} images, not {self.info.images}; by domain '
-                f'{counts} (check=False takes what is there)'
+                f'{self.data_root} has {len(images)} images, not {" or ".join(map(str, known))}; '
+                f'by domain {counts} (check=False takes what is there)'
             )
 
     def _cut(self, images: Sequence[dict[str, Any]]) -> None:

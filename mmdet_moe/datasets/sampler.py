@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Iterator, Mapping
@@ -183,17 +184,22 @@ class DomainBatchSampler(Sampler):
         for index in range(len(dataset)):
             members.setdefault(dataset.get_data_info(index)['domain'], []).append(index)
         self._domains = {name: np.array(indices) for name, indices in sorted(members.items())}
+        self._position = 0
+
+    def skip_batches(self, number: int) -> None:
+        """Continue behind the first ``number`` batches of this rank, counted from the start of the
+        stream. ``RandomStateHook`` calls it on resume, so that nothing is loaded again."""
+        self._position = int(number)
 
     def __iter__(self) -> Iterator[list[int]]:
         passes = [
             ShuffledPasses(members, int(self.sampler.seed), zlib.crc32(name.encode()))
             for name, members in self._domains.items()
         ]
-        start = self.rank * self.images_per_domain
-        while True:
+        for batch in itertools.count(self._position):
+            start = (batch * self.world_size + self.rank) * self.images_per_domain
             numbers = range(start, start + self.images_per_domain)
             yield [domain[number] for domain in passes for number in numbers]
-            start += self.world_size * self.images_per_domain
 
     def __len__(self) -> int:
         """Batches until the largest domain was gone through once (the stream does not end)."""

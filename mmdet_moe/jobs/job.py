@@ -41,6 +41,8 @@ class Job:
         content: Digest of the configs' content, this one's and of the jobs before, so that a
             changed config is trained anew.
         threads: Threads of torch.
+        inherited: Environment variables that are no input of their own: which GPU, and what the
+            config read from the sweep's environment (``content`` has that).
     """
 
     name: str
@@ -53,13 +55,13 @@ class Job:
     load_from: str | None = None
     content: str = ''
     threads: int = 1
+    inherited: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """Digest of all that the result depends on."""
-        what = {
-            k: v for k, v in asdict(self).items() if k not in ('folder', 'load_from', 'threads')
-        }
+        no_input = ('folder', 'load_from', 'threads', 'inherited')
+        what = {k: v for k, v in asdict(self).items() if k not in no_input}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -72,6 +74,11 @@ class Job:
         """The file of all that the training prints."""
         return Path(self.folder) / LOG
 
+    @property
+    def checkpoint(self) -> str | None:
+        """The last checkpoint, None if there is none."""
+        return last_checkpoint(Path(self.folder) / 'train')
+
     def is_done(self) -> bool:
         """Whether it was done, with these inputs."""
         try:
@@ -82,12 +89,32 @@ class Job:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint of a work dir, None if there is none."""
+    """The newest checkpoint of a work dir, which may have been moved; None if there is none."""
     try:
-        path = Path((folder / 'last_checkpoint').read_text().strip())
+        path = folder / Path((folder / 'last_checkpoint').read_text().strip()).name
     except OSError:
         return None
     return str(path) if path.is_file() else None
+
+
+def begin(cfg: Any, job: Job) -> None:
+    """Let the config's training start where the job's does: at its own last checkpoint, else at
+    the last one of the job before.
+
+    Raises:
+        FileNotFoundError: The job before has none.
+    """
+    start = None if job.load_from is None else last_checkpoint(Path(job.load_from) / 'train')
+    if job.load_from is not None and start is None:
+        raise FileNotFoundError(f'{job.load_from} has no checkpoint to start from')
+    checkpoint = job.checkpoint
+    if checkpoint is None:
+        cfg.load_from = start or cfg.get('load_from')
+        return
+    cfg.resume, cfg.load_from = True, checkpoint
+    for hook in cfg.get('custom_hooks', []) if start else ():
+        if hook['type'].endswith('AdapterCheckpointHook'):
+            hook.setdefault('base', start)  # checkpoints of adapters alone lie over these weights
 
 
 def train(job: Job) -> None:
@@ -118,7 +145,7 @@ def train(job: Job) -> None:
         shutil.rmtree(work_dir, ignore_errors=True)
     write_atomically(begun, json.dumps({'key': job.key}) + '\n')
 
-    os.environ.update(job.env)
+    os.environ.update({**job.inherited, **job.env})
     if not torch.cuda.is_available():
         torch.set_num_threads(job.threads)
     cfg = Config.fromfile(job.config)
@@ -126,13 +153,11 @@ def train(job: Job) -> None:
     cfg.work_dir = str(work_dir)
     cfg.launcher = 'none'
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': job.seed}
-    checkpoint = last_checkpoint(work_dir)
-    if checkpoint is not None:
-        cfg.resume, cfg.load_from = True, checkpoint
-    elif job.load_from is not None:
-        cfg.load_from = last_checkpoint(Path(job.load_from) / 'train')
-        if cfg.load_from is None:
-            raise FileNotFoundError(f'{job.load_from} has no checkpoint to start from')
+    saving = cfg.get('default_hooks', {}).get('checkpoint', {})
+    if saving.get('max_keep_ckpts') == 1:
+        # mmengine deletes the old one before it writes the new one: a kill in between costs all.
+        saving.max_keep_ckpts = 2
+    begin(cfg, job)
     QuietRunner.from_cfg(cfg).train()
     done = {'key': job.key, 'name': job.name, 'config': job.config, 'options': dict(job.options)}
     write_atomically(folder / DONE, json.dumps({**done, 'seed': job.seed}) + '\n')

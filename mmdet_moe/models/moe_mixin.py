@@ -224,6 +224,11 @@ class MoEMixin:
                     module.eval()
         return self
 
+    @property
+    def frozen_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that ``freeze_others`` or ``adapt`` freeze, in either mode."""
+        return self._frozen
+
     def _is_trained(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in self._trained)
 

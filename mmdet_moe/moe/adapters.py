@@ -480,11 +480,12 @@ class ParameterCounts:
 def count_parameters(model: nn.Module) -> ParameterCounts:
     """What trains in a model with adapters."""
     layers = adapter_layers(model)
+    trained = _trained(model)
     found = dict.fromkeys(('adapters', 'routers', 'others'), 0)
     total = 0
     for key, parameter in model.named_parameters():
         total += parameter.numel()
-        if parameter.requires_grad:
+        if key in trained:
             name = next((name for name in layers if key.startswith(f'{name}.')), None)
             part = 'others' if name is None else 'adapters'
             if name is not None and key[len(name) + 1 :].startswith(('router.', 'balance.')):
@@ -493,21 +494,31 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     return ParameterCounts(**found, total=total)
 
 
+def _trained(model: nn.Module) -> set[str]:
+    """Names of the parameters that train. A model may give its frozen ones their flag back while
+    it is in evaluation mode; then it names them as ``frozen_parameters``."""
+    frozen = set(getattr(model, 'frozen_parameters', ()))
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name for name, p in parameters if p.requires_grad and name not in frozen}
+
+
 def learned_keys(model: nn.Module) -> list[str]:
-    """Keys of the state dict that training changes: parameters with a gradient, and the buffers of
-    routers, balance losses and of modules that have such parameters themselves."""
+    """Keys of the state dict that training changes, in whichever mode the model is: parameters
+    with a gradient, and the buffers of routers, balance losses and of modules that have such
+    parameters themselves."""
     keys = []
     layers = adapter_layers(model)
+    trained = _trained(model)
+    owners = {name.rpartition('.')[0] for name in trained}
     state = model.state_dict(keep_vars=True)
     for key, value in state.items():
         name = next((name for name in layers if key.startswith(f'{name}.')), None)
         if isinstance(value, nn.Parameter):
-            learned = value.requires_grad
+            learned = key in trained
         elif name is not None:
             learned = not key.startswith(f'{name}.base.')
         else:
-            owner = model.get_submodule(key.rpartition('.')[0])
-            learned = any(p.requires_grad for p in owner.parameters(recurse=False))
+            learned = key.rpartition('.')[0] in owners
         if learned:
             keys.append(key)
     return keys

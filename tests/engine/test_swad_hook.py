@@ -1,10 +1,13 @@
 """SWAD against its algorithm, written out here over all steps."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from mmdet_moe.engine.hooks import LossValley
+from mmdet_moe.engine.hooks import DGRecordHook, LossValley, SWADHook
 
 
 def by_the_algorithm(losses, thetas, n_s, n_e, r):
@@ -69,3 +72,36 @@ def test_without_a_valley_all_steps_are_averaged():
 def test_settings_below_one_are_refused():
     with pytest.raises(ValueError, match='at least 1, got 3, 6 and 0.3'):
         LossValley(tolerance_ratio=0.3)
+
+
+class HalfFrozen(nn.Module):
+    """Its first layer is frozen, but keeps its flag in evaluation mode, as in ``MoEMixin``."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.head = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def train(self, mode=True):
+        self.frozen.requires_grad_(not mode)
+        return super().train(mode)
+
+
+def test_a_model_with_frozen_parts_is_averaged_in_what_trains(tmp_path):
+    model, hook, seen = HalfFrozen().train(), SWADHook(), []
+    meta = dict(domains=['a', 'b'], held_out=['b'])
+    runner = SimpleNamespace(model=model, hooks=[DGRecordHook()], work_dir=str(tmp_path))
+    runner.val_loop = SimpleNamespace(
+        run=lambda: seen.append(model.head.weight[0, 0].item()),
+        dataloader=SimpleNamespace(dataset=SimpleNamespace(metainfo=meta)),
+    )
+    for weight in (1.0, 3.0, 5.0):
+        model.train()
+        model.head.weight.data.fill_(weight)
+        hook.after_train_iter(runner, 0)
+        model.eval()
+        hook.after_val_epoch(runner, {'dg/a/val/nll': 6 - weight})
+    hook.after_train(runner)
+    assert seen == pytest.approx([3.0])  # (1 + 3 + 5) / 3 was evaluated
+    assert model.head.weight[0, 0].item() == 5.0  # the model is as trained
+    saved = torch.load(tmp_path / 'swad.pth', weights_only=True)['state_dict']
+    assert torch.equal(saved['frozen.weight'], model.frozen.weight)

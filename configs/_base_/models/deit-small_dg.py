@@ -1,5 +1,11 @@
 # DeiT-S/16 (ImageNet-1k), what SF-MoE and GMoE start from: 4.6 G multiply-adds at 224 px, 22 M
 # parameters. $DEIT_SMALL: the checkpoint, a file or mmpretrain's address of it.
+deit_small = '{{$DEIT_SMALL:published}}'
+if deit_small == 'published':
+    deit_small = (
+        'https://mmassets.onedl.ai/mmclassification/v0/deit/'
+        'deit-small_pt-4xb256_in1k_20220218-9425b9bb.pth'
+    )
 model = dict(
     type='mmdet_moe.MoEImageClassifier',
     backbone=dict(
@@ -7,12 +13,7 @@ model = dict(
         arch='deit-small',
         img_size=224,
         patch_size=16,
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='{{$DEIT_SMALL:https://mmassets.onedl.ai/mmclassification/v0/deit/'
-            'deit-small_pt-4xb256_in1k_20220218-9425b9bb.pth}}',
-            prefix='backbone.',
-        ),
+        init_cfg=dict(type='Pretrained', checkpoint=deit_small, prefix='backbone.'),
     ),
     head=dict(
         type='VisionTransformerClsHead',

@@ -58,4 +58,6 @@ class AdapterCheckpointHook(Hook):
         model: Any = unwrapped_model(runner)
         if self.base is not None:
             load_base(model, self.base)
+        elif not model.is_init:  # a test, for which mmengine does not look at init_cfg
+            model.init_weights()
         checkpoint['state_dict'] = complete_adapter_checkpoint(model, checkpoint)

@@ -28,7 +28,8 @@ class RandomStateHook(Hook):
     * the sampler gets the seed it had, where the config states none,
     * the sampler goes straight to the position where training stopped, on mmengine's that know how
       to (``skip_iter``) and on those that would load every image again (0.10 and before), given a
-      sampler with ``skip`` (``MultiDomainSampler``),
+      sampler with ``skip`` (``MultiDomainSampler``) or a batch sampler with ``skip_batches``
+      (``DomainBatchSampler``),
     * the random states are set back at the one right moment: after the data loader's iterator was
       made (which draws a number) and before the first image is loaded.
 
@@ -162,7 +163,25 @@ class _ResumedIterator:
         # A loop whose iterator has `skip_iter` calls it; one whose has not draws all the batches
         # done before and throws them away. We give it nothing instead, where we can.
         self._replay = 0 if hasattr(inner, 'skip_iter') else done
-        self._load_replay = self._replay > 0 and not self._skip(done)
+        self._skipped_batches = self._skip_batches(done)
+        self._load_replay = self._replay > 0 and not self._skipped_batches and not self._skip(done)
+
+    def _skip_batches(self, done: int) -> bool:
+        batches = getattr(self._inner._dataloader, 'batch_sampler', None)
+        if not hasattr(batches, 'skip_batches'):
+            return False
+        batches.skip_batches(done)
+        # The old one may have prefetched; newer loops make it when they need it.
+        lazy = hasattr(self._inner, 'skip_iter')
+        self._inner._iterator = None if lazy else iter(self._inner._dataloader)
+        return True
+
+    @property
+    def skip_iter(self) -> Callable[[int], None]:
+        """What newer loops call to skip what was done; nothing is left to do for it where the
+        batch sampler could."""
+        skip = self._inner.skip_iter  # an AttributeError where mmengine is older
+        return (lambda done: None) if self._skipped_batches else skip
 
     def _skip(self, done: int) -> bool:
         loader = self._inner._dataloader

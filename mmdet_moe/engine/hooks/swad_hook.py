@@ -190,7 +190,9 @@ class SWADHook(Hook):
                 'SWADHook: the training was never evaluated; see train_cfg.val_interval'
             )
         model = unwrapped_model(runner)
-        weights = _weights(model)
+        # By name: after the last evaluation a model may show parameters that never trained.
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        weights = {name: named[name] for name in average}
         before = {name: value.detach().clone() for name, value in weights.items()}
         records = next((hook for hook in runner.hooks if isinstance(hook, DGRecordHook)), None)
         if records is None:
