@@ -118,6 +118,13 @@ def fit_checkpoint(
         )
         if same:
             continue
+        if cut:
+            wrong.append(
+                f'{key}: {tuple(value.shape)} in the checkpoint, {tuple(target.shape)}; newcomers '
+                "have rows of their own there: give the model newcomers=[...], the checkpoint's "
+                'first and in its order'
+            )
+            continue
         try:
             fitted[key] = _copy_rows(value, target, classes, names, sources)
         except CheckpointError as error:

@@ -12,7 +12,7 @@ from mmengine.optim import build_optim_wrapper
 from tiny_models import DOMAINS, build, images, moe_specs, raw_batch, retinanet_cfg, sample
 
 from mmdet_moe.models.adaptation import Adaptation
-from mmdet_moe.models.checkpoint import fit_checkpoint
+from mmdet_moe.models.checkpoint import CheckpointError, fit_checkpoint
 from mmdet_moe.models.domain_classes import newcomer_classes
 from mmdet_moe.models.layers import RowLayout, with_blocks
 from mmdet_moe.moe import PlanRouter
@@ -170,6 +170,9 @@ def test_an_adapted_checkpoint_loads_again_and_another_newcomer_leaves_it_alone(
     assert all('.experts.3.' in key or '.newcomers.late.' in key for key in trained)
     for batch in (('blood', 'street'), ('yard',)):
         assert_identical(detections(new, *batch), detections(later, *batch))
+    joint = build(kind, label_space=AFTER, moe=moe_specs(kind, PLAN), init=False)
+    with pytest.raises(CheckpointError, match='newcomers have rows of their own there'):
+        fit_checkpoint(joint, new.state_dict(), AFTER.classes)
 
 
 def test_new_expert_starts_as_it_is_told():

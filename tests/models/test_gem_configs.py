@@ -14,6 +14,7 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
 import mmdet_moe  # noqa: F401 - lets configs name mmdet_moe::
+from mmdet_moe.models.extract import extract_domain
 from mmdet_moe.planning import ExpertPlan
 from mmdet_moe.registry import DATASETS, MODELS
 from mmdet_moe.structures import LabelSpace
@@ -236,3 +237,18 @@ def test_every_domain_of_uodb_has_its_size_and_both_metrics(reduced):
     dataset = DATASETS.build({**cfg.test_dataloader.dataset, 'lazy_init': True})
     scale = [d.pipeline.transforms[1].scale for d in dataset.datasets.values()]
     assert scale == [sides[name] for name in domains]
+
+
+def test_a_domains_plain_detector_comes_out_of_the_full_size_gem_config(reduced):
+    """Its base is mmdet's, features guess its domains, and each domain has its own pipeline."""
+    cfg = reduced('gem-dino-4scale_r50_8xb2-12e_uodb')
+    model = MODELS.build(cfg.model)
+    plain, state, classes = extract_domain(cfg, model.state_dict(), 'kitti')
+    assert classes == ('car', 'pedestrian', 'cyclist') and 'mmdet_moe' not in plain.pretty_text
+    dataset = plain.test_dataloader.dataset
+    assert (dataset.type, dataset.pipeline[1].scale) == ('CocoDataset', (2000, 576))
+    assert [metric.type for metric in plain.test_evaluator] == ['CocoMetric', 'VOCMetric']
+    init_default_scope('mmdet')
+    stock = MODELS.build(plain.model)
+    stock.load_state_dict(state, strict=True)
+    assert type(stock).__module__.startswith('mmdet.') and stock.bbox_head.num_classes == 3

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / 'tools'))
 
 import fewshot
 
+from mmdet_moe.planning.checks import write_atomically
 from mmdet_moe.visualization.shot_figure import Adapted
 
 
@@ -44,3 +45,59 @@ def test_table_has_the_newcomer_and_what_became_of_the_others(tmp_path, capsys):
     assert content['newcomer'] == 'bccd' and content['runs'][1]['old']['hituav'] == 0.1
     assert (tmp_path / 'shots.png').stat().st_size > 0
     assert 'hituav -10.0' in capsys.readouterr().out
+
+
+def after(arguments: list[str], option: str) -> str:
+    return arguments[arguments.index(option) + 1]
+
+
+def test_every_model_is_adapted_to_all_shots_and_nothing_is_done_twice(tmp_path, monkeypatch):
+    """With commands that do nothing but leave their files."""
+    data, base, out = (tmp_path / name for name in ('data', 'base', 'out'))
+    write_atomically(data / 'bccd/train.json', '{}')
+    write_atomically(base / 'plan.json', '{}')
+    old = {'cheetah/coco/bbox_mAP': 0.4, 'small/coco/bbox_mAP': 0.4, 'macro/coco/bbox_mAP': 0.4}
+    for name in ('gem', 'dense'):
+        write_atomically(base / name / 'iter_5.pth', '')
+        write_atomically(base / name / 'last_checkpoint', str(base / name / 'iter_5.pth'))
+        write_atomically(base / f'test-{name}/metrics.json', json.dumps({'metrics': old}))
+    calls = []
+
+    def run(self, tool, *arguments, show, env=None):
+        arguments = list(arguments)
+        calls.append((Path(tool).stem, arguments, env or {}))
+        if 'split' in tool:
+            for k in ('1', '5'):
+                write_atomically(out / f'train_{k}shot_seed0.json', '{}')
+        elif 'plan' in tool:
+            write_atomically(after(arguments, '--out'), '{}')
+        elif 'train' in tool:
+            folder = Path(after(arguments, '--work-dir'))
+            write_atomically(folder / 'iter_3.pth', '')
+            write_atomically(folder / 'last_checkpoint', str(folder / 'iter_3.pth'))
+        else:
+            found = {'bccd/coco/bbox_mAP': 0.1, **({} if '--domains' in arguments else old)}
+            write_atomically(after(arguments, '--out-json'), json.dumps({'metrics': found}))
+
+    monkeypatch.setattr(fewshot.job.Steps, 'run', run)
+    monkeypatch.setattr(fewshot.job, 'devices', dict)
+    command = ['--data', data, '--base', base, '--out', out, '--models', 'gem', 'dense']
+    command = [*map(str, command), '--shots', '1', '5', 'all', '--steps', '3']
+    assert fewshot.main(command) == 0
+    tools = [tool for tool, _, _ in calls]
+    assert tools == ['fewshot_split', 'plan_experts', *['train', 'test'] * 6]
+    assert after(calls[0][1], '--shots') == '1' and '5' in calls[0][1] and 'all' not in calls[0][1]
+    trained = [(arguments, env) for tool, arguments, env in calls if tool == 'train']
+    shots = [str(out / f'train_{k}shot_seed0.json') for k in '15'] + [str(data / 'bccd/train.json')]
+    assert [env['SHOTS'] for _, env in trained] == [x for x in shots for _ in ('gem', 'dense')]
+    for (arguments, env), name in zip(trained, ['gem', 'dense'] * 3, strict=True):
+        assert arguments[0].startswith(f'configs/fewshot/{name}-retinanet')
+        assert env['BASE_CHECKPOINT'] == str(base / name / 'iter_5.pth')
+        assert 'train_cfg.max_iters=3' in arguments
+    # The others are tested after the last number of shots.
+    assert ['--domains' in x for tool, x, _ in calls if tool == 'test'] == [True] * 4 + [False] * 2
+    runs = json.loads((out / 'results.json').read_text())['runs']
+    assert [run['old'] for run in runs] == [{}, {}, {'cheetah': 0.4}] * 2
+    calls.clear()
+    assert fewshot.main(command) == 0
+    assert not calls
