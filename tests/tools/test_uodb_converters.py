@@ -504,7 +504,11 @@ def read_config(out: Path, monkeypatch):
     return Config.fromfile(str(layout.CONFIG), format_python_code=False)
 
 
-def test_images_that_readers_may_turn_are_named(tmp_path, capsys):
+def test_images_that_readers_may_turn_are_named_and_not_turned(
+    tmp_path, capsys, monkeypatch, mmdet_moe_scope
+):
+    from mmdet_moe.registry import TRANSFORMS
+
     src = tmp_path / 'owner'
     make_widerface(src)
     image = Image.new('RGB', (64, 48))
@@ -516,6 +520,9 @@ def test_images_that_readers_may_turn_are_named(tmp_path, capsys):
     assert '1 images carry an EXIF rotation' in report and "'color_ignore_orientation'" in report
     (size,) = {(i['width'], i['height']) for i in load(tmp_path, 'widerface', 'test')['images']}
     assert size == (64, 48)  # that which the boxes are for
+    loading = read_config(tmp_path, monkeypatch).test_pipelines['widerface'][0]
+    path = next(tmp_path.rglob('test/**/0_Parade_marchingband_1_849_v.jpg'))
+    assert TRANSFORMS.build(loading)(dict(img_path=str(path)))['img'].shape == (48, 64, 3)
 
 
 def test_the_result_is_what_the_config_reads(made, monkeypatch, mmdet_moe_scope):

@@ -185,7 +185,7 @@ _scales = {
 }
 train_pipelines = {
     name: [
-        dict(type='LoadImageFromFile'),
+        dict(type='LoadImageFromFile', color_type='color_ignore_orientation'),
         dict(type='LoadAnnotations', with_bbox=True),
         dict(type='RandomFlip', prob=0.5),
         dict(
@@ -214,7 +214,7 @@ train_pipelines = {
 }
 test_pipelines = {
     name: [
-        dict(type='LoadImageFromFile'),
+        dict(type='LoadImageFromFile', color_type='color_ignore_orientation'),
         dict(type='Resize', scale=(long, short), keep_ratio=True),
         dict(type='LoadAnnotations', with_bbox=True),
         dict(
