@@ -216,7 +216,8 @@ each_case = pytest.mark.parametrize(('kind', 'name'), CASES)
 
 def test_every_registered_router_is_here():
     ours = {k for k, c in ROUTERS.classes.items() if c.__module__.startswith('mmdet_moe.')}
-    assert {cfg['type'] for cfg in ROUTER_CFGS.values()} == ours
+    # SingleRouter routes nothing: it is what a layer of one adapter has (test_moa.py).
+    assert {cfg['type'] for cfg in ROUTER_CFGS.values()} == ours - {'SingleRouter'}
 
 
 @each_case
