@@ -26,7 +26,7 @@ demo: setup  ## make domains, plan, train, test per domain, table and pictures (
 	@$(RUN) tools/demo.py --seed $(SEED)
 
 test: setup  ## the test suite
-	@echo "running the tests (7 to 14 minutes on 2 cores)"
+	@echo "running the tests (10 to 20 minutes on 2 cores)"
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest
 
 lint: setup  ## ruff check, ruff format --check, mypy
