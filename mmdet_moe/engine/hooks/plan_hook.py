@@ -47,8 +47,9 @@ class PlanHook(Hook):
             return
         domains = list(meta['domains'])
         if self.subset:
-            planned = plan_assignment(unwrapped_model(runner)).values()
-            domains += [name for layer in planned for name in layer]
+            # A plan may stand within a router that learns from it (DAMEX).
+            routers = unwrapped_model(runner).modules()
+            domains += [x for r in routers if isinstance(r, PlanRouter) for x in r.datasets]
         check_datasets(unwrapped_model(runner), domains)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
