@@ -12,9 +12,9 @@ from mmdet_moe.engine.hooks.plan_hook import moved_datasets, plan_assignment
 from mmdet_moe.moe import RoutingState, replace_modules
 
 
-def planned_model(plan: dict, router: str = 'PlanRouter') -> nn.Module:
+def planned_model(plan: dict, **router) -> nn.Module:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
-    spec = dict(targets='[02]', router=dict(type=router, plan=plan))
+    spec = dict(targets='[02]', router={'type': 'PlanRouter', 'plan': plan, **router})
     replace_modules(model, [spec], RoutingState())
     return model
 
@@ -86,13 +86,13 @@ def test_training_starts_on_the_plans_datasets_and_no_others():
     assert 'hituav' in str(error.value)
 
 
-@pytest.mark.parametrize('router', ['PlanRouter', 'DAMEXRouter'])
+@pytest.mark.parametrize('router', [{}, dict(type='DAMEXRouter', router=dict(type='TopKRouter'))])
 def test_training_on_a_part_of_the_plan_must_be_asked_for(router):
-    some = training_on(['bccd', 'cheetah'], planned_model(PLAN, router))
+    some = training_on(['bccd', 'cheetah'], planned_model(PLAN, **router))
     with pytest.raises(ValueError, match=r"only in the plan: \['hituav'\]"):
         PlanHook().before_train(some)
     PlanHook(subset=True).before_train(some)
     with pytest.raises(ValueError, match=r"only in the data: \['voc'\]"):
         PlanHook(subset=True).before_train(
-            training_on(['bccd', 'voc'], planned_model(PLAN, router))
+            training_on(['bccd', 'voc'], planned_model(PLAN, **router))
         )
