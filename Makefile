@@ -34,9 +34,10 @@ lint: setup  ## ruff check, ruff format --check, mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: setup  ## the planner and the MoE layer against their rivals, the cost of recording (benchmarks/)
+bench: setup  ## planner, MoE layers, adapters against their rivals, the cost of recording (benchmarks/)
 	@status=0; $(RUN) benchmarks/planner.py || status=1; \
 	$(RUN) benchmarks/moe_layer.py || status=1; \
+	$(RUN) benchmarks/domain_generalization.py || status=1; \
 	$(RUN) benchmarks/expert_record.py || status=1; exit $$status
 
 mini-uodb: setup  ## plan, train, test GEM and its dense twin on five real domains: DATA=... [SEED=0]
