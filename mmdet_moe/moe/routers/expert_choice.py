@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from mmdet_moe.moe.registry import ROUTERS
 from mmdet_moe.moe.routers.gated import GatedRouter, expert_capacity
 from mmdet_moe.moe.routing import Routing, RoutingContext
-
-if TYPE_CHECKING:
-    from mmdet_moe.moe.layer import MoELayer
 
 GROUPS = ('image', 'batch')
 
@@ -62,15 +59,6 @@ class ExpertChoiceRouter(GatedRouter):
         self.test_capacity_factor = test
         self.group = group
         self.reset_parameters()
-
-    def attach(self, layer: MoELayer) -> None:
-        """Refuse groups of one image where the items are the images: all experts would take it."""
-        super().attach(layer)
-        if self.group == 'image' and layer.granularity == 'image':
-            raise self.refusal(
-                f"group='image' needs tokens as items, those of {layer.name!r} are whole images; "
-                f"group='batch'"
-            )
 
     def weigh(self, logits: Tensor, experts: Tensor) -> Tensor:
         """The entries of the softmax over all E."""

@@ -72,6 +72,9 @@ class GatedRouter(Router):
     convolutions: the same group's PatchConvMoE.
     """
 
+    #: Whose items compete for an expert's capacity, where it has one: of :data:`GROUPS`.
+    group: str | None = None
+
     def __init__(
         self,
         in_channels: int,
@@ -117,6 +120,15 @@ class GatedRouter(Router):
         self.initial_temperature = temperature
         self.bias: nn.Parameter | None = nn.Parameter(torch.empty(num_experts)) if bias else None
         self.make_gate(projection)
+
+    def attach(self, layer: MoELayer) -> None:
+        """Refuse items that compete within their image where each is a whole image."""
+        super().attach(layer)
+        if self.group == 'image' and layer.granularity == 'image':
+            raise self.refusal(
+                f"group='image' needs tokens as items, those of {layer.name!r} are whole images; "
+                f"group='batch'"
+            )
 
     def refusal(self, message: str) -> ValueError:
         """An error that names the class."""
@@ -299,15 +311,6 @@ class SelectingRouter(GatedRouter):
     def keeps_dense_function(self) -> bool:
         dropless = self.capacity_factor is None and self.test_capacity_factor is None
         return bool(self.renormalize) and dropless
-
-    def attach(self, layer: MoELayer) -> None:
-        """Refuse a capacity of each image where the items are the images."""
-        super().attach(layer)
-        if self.group == 'image' and layer.granularity == 'image':
-            raise self.refusal(
-                f"group='image' needs tokens as items, those of {layer.name!r} are whole images; "
-                f"group='batch'"
-            )
 
     def capacity(self, num_items: int, training: bool) -> int | None:
         """Items of a group of ``num_items`` that an expert may take, or None for any number."""
