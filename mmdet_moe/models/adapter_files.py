@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,16 +42,6 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f'{path} holds a {type(content).__name__}, a dict of tensors is needed')
     return dict(content)
-
-
-def save_tensors(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    """Write a dict of tensors so that readers see the old file or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder) / path.name
-        torch.save(dict(content), part)
-        os.replace(part, path)
 
 
 def load_base(model: nn.Module, base: str) -> None:

@@ -7,9 +7,12 @@ that is meant: class rows go by name.
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -381,3 +384,13 @@ def copy_class_rows(
 
 def _without_expert(key: str) -> str:
     return re.sub(r'\.experts\.\d+', '', key)
+
+
+def save_tensors(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint so that readers see the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        torch.save(dict(content), part)
+        os.replace(part, path)

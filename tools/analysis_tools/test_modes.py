@@ -43,6 +43,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from mmdet_moe.engine.complexity import test_shape
 from mmdet_moe.engine.domain_prototypes import measure_prototypes, prototype_dataset
 from mmdet_moe.engine.hooks.unwrap import unwrapped_model
+from mmdet_moe.models.checkpoint import save_tensors
 from mmdet_moe.models.domain_features import pool_features
 from mmdet_moe.models.moe_mixin import DOMAIN_MODES, GUESSES
 from mmdet_moe.planning.checks import write_atomically
@@ -236,8 +237,7 @@ def main(argv: list[str] | None = None) -> int:
         state = checkpoint.setdefault('state_dict', {})
         features = model.domain_features.state_dict() if model.domain_features is not None else {}
         state.update({f'domain_features.{key}': value.cpu() for key, value in features.items()})
-        torch.save(checkpoint, f'{args.save}.part')
-        os.replace(f'{args.save}.part', args.save)
+        save_tensors(args.save, checkpoint)
     tests, notes = plan_of_tests(model, args)
     if not tests:
         print(f'test_modes: nothing can be tested: {"; ".join(notes)}', file=sys.stderr)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to run from a clone, uninstalled
 
-from mmdet_moe.models.adapter_files import read_tensors, save_tensors
+from mmdet_moe.models.adapter_files import read_tensors
+from mmdet_moe.models.checkpoint import save_tensors
 from mmdet_moe.models.clip import clip_to_mmpretrain
 
 

@@ -13,19 +13,25 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to run from a clone, uninstalled
 
 # Before any config is read: with it, `_base_ = 'mmdet_moe::...'` means the shipped configs.
 import mmdet_moe
 import mmdet_moe.models  # noqa: F401 - registers the models
-from mmdet_moe.models.adapter_files import model_with_adapters, save_tensors
+from mmdet_moe.models.adapter_files import model_with_adapters
+from mmdet_moe.models.checkpoint import save_tensors
 from mmdet_moe.moe import adapter_checkpoint
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+def convert(name: str, description: str, take: Callable[[nn.Module], dict[str, Any]]) -> int:
+    """The command that writes what ``take`` makes of a model with adapters; its exit code."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config')
     parser.add_argument('checkpoint')
     parser.add_argument('out', help='the checkpoint to write')
@@ -33,9 +39,9 @@ def main() -> int:
     args = parser.parse_args()
     try:
         model = model_with_adapters(args.config, args.checkpoint, args.base)
-        found = adapter_checkpoint(model)
+        found = take(model)
     except (OSError, ValueError) as error:
-        print(f'extract_adapters: {error}', file=sys.stderr)
+        print(f'{name}: {error}', file=sys.stderr)
         return 2
     save_tensors(args.out, found)
     size = Path(args.out).stat().st_size / 1e6
@@ -44,4 +50,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(convert('extract_adapters', __doc__.split('\n')[0], adapter_checkpoint))

@@ -15,7 +15,6 @@ experts, a backbone that stock mmdet, mmpretrain and timm do not have.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -23,13 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to run from a cl
 
 # Before any config is read: with it, `_base_ = 'mmdet_moe::...'` means the shipped configs.
 import mmdet_moe  # noqa: F401  isort: skip
-import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.utils import import_modules_from_strings
 
-from mmdet_moe.models.checkpoint import checkpoint_weights
+from mmdet_moe.models.checkpoint import checkpoint_weights, save_tensors
 from mmdet_moe.models.extract import extract_domain
 from mmdet_moe.planning.checks import write_atomically
 
@@ -58,11 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f'extract_domain: {error}', file=sys.stderr)
         return 2
-    args.out.mkdir(parents=True, exist_ok=True)
     weights, config = args.out / f'{args.domain}.pth', args.out / f'{args.domain}.py'
-    part = weights.with_name(f'.{weights.name}.part')
-    torch.save(dict(state_dict=state, meta=dict(dataset_meta=dict(classes=classes))), part)
-    os.replace(part, weights)
+    meta = dict(dataset_meta=dict(classes=classes))
+    save_tensors(weights, dict(state_dict=state, meta=meta))
     write_atomically(config, plain.pretty_text)
     size = sum(value.numel() for value in state.values())
     print(f'{config}\n{weights}: {size / 1e6:.2f} M numbers, classes {", ".join(classes)}')

@@ -11,37 +11,15 @@ the config's ``init_cfg``. Exit 2 and one line if it is not that config's, or ca
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to run from a clone, uninstalled
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-# Before any config is read: with it, `_base_ = 'mmdet_moe::...'` means the shipped configs.
-import mmdet_moe
-import mmdet_moe.models  # noqa: F401 - registers the models
-from mmdet_moe.models.adapter_files import model_with_adapters, save_tensors
+from extract_adapters import convert
+
 from mmdet_moe.moe import merged_state_dict
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('config')
-    parser.add_argument('checkpoint')
-    parser.add_argument('out', help='the checkpoint to write')
-    parser.add_argument('--base', help='checkpoint of the pretrained model')
-    args = parser.parse_args()
-    try:
-        model = model_with_adapters(args.config, args.checkpoint, args.base)
-        found = {'state_dict': merged_state_dict(model)}
-    except (OSError, ValueError) as error:
-        print(f'merge_adapters: {error}', file=sys.stderr)
-        return 2
-    save_tensors(args.out, found)
-    size = Path(args.out).stat().st_size / 1e6
-    print(f'{args.out}: {len(found["state_dict"])} tensors, {size:.1f} MB')
-    return 0
-
-
 if __name__ == '__main__':
-    sys.exit(main())
+    description = __doc__.split('\n')[0]
+    sys.exit(convert('merge_adapters', description, lambda m: {'state_dict': merged_state_dict(m)}))
