@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_moe.moe import MoELayer, moe_layers
-from mmdet_moe.moe.layer import OWN_CHILDREN, copies_of, why_unlike
+from mmdet_moe.moe.layer import why_unlike
 from mmdet_moe.structures import LabelSpace
 
 
@@ -278,12 +278,12 @@ def _renamed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Te
 
 def _locate(layers: Mapping[str, MoELayer], key: str) -> tuple[str | None, str]:
     """The MoE layer that a dense key belongs to, and the model's (first) key for it."""
-    for name in layers:
+    for name, layer in layers.items():
         if key.startswith(f'{name}.'):
             rest = key[len(name) + 1 :]
-            if rest.partition('.')[0] in OWN_CHILDREN:
+            if rest.partition('.')[0] in layer.own_children:
                 return None, key
-            return name, f'{name}.{next(iter(copies_of(layers[name])))}.{rest}'
+            return name, f'{name}.{next(iter(layer.copies()))}.{rest}'
     return None, key
 
 

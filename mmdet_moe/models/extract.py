@@ -24,7 +24,6 @@ from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from mmdet_moe.moe import MoELayer, PlanRouter, ProbabilityMoELayer
-from mmdet_moe.moe.layer import OWN_CHILDREN
 from mmdet_moe.planning.checks import read_json
 from mmdet_moe.registry import MODELS, SCOPE
 
@@ -93,7 +92,7 @@ def _folded(model: MoEMixin, domain: str, widths: dict[str, int]) -> dict[str, T
     ``widths`` gets the FFN width of each stack that had to be widened.
     """
     layers = model.moe_layers()
-    inside = tuple(f'{name}.{child}.' for name in layers for child in OWN_CHILDREN)
+    inside = tuple(f'{name}.{child}.' for name, x in layers.items() for child in x.own_children)
     state = {k: v for k, v in model.state_dict().items() if not k.startswith(inside)}
     for name, layer in layers.items():
         modules = _modules_of(name, layer, domain)

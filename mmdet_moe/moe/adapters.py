@@ -261,6 +261,8 @@ class AdapterLayer(MoELayer):
         ValueError: If the base has no bias to train, or the router brings experts of its own.
     """
 
+    own_children = (*MoELayer.own_children, 'base', 'kronecker')
+
     def __init__(
         self,
         base: nn.Linear,
@@ -291,6 +293,10 @@ class AdapterLayer(MoELayer):
     def keeps_dense_function(self) -> bool:
         """Adapters start as zeros, whatever the router says."""
         return True
+
+    def copies(self) -> dict[str, nn.Module]:
+        """The one frozen linear layer."""
+        return {'base': self.base}
 
     def reset_parameters(self) -> None:
         """The router, the adapters and, where this layer owns them, u and v."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,6 @@ MAP_GRANULARITIES = ('image', 'patch')
 INDEPENDENT = 'independent'
 #: Last parts of the keys of running statistics.
 RUNNING = ('running_mean', 'running_var', 'num_batches_tracked')
-#: Children of a MoE layer; every other key below its name belongs to the dense module.
-OWN_CHILDREN = ('experts', 'router', 'balance', 'shared', 'bypass', 'base', 'kronecker')
 
 
 class MoELayer(nn.Module):
@@ -99,6 +97,9 @@ class MoELayer(nn.Module):
     Raises:
         ValueError: If the pieces do not fit.
     """
+
+    #: Children; every other key below the layer's name belongs to the dense module.
+    own_children: ClassVar[tuple[str, ...]] = ('experts', 'router', 'balance', 'shared', 'bypass')
 
     def __init__(
         self,
@@ -245,14 +246,20 @@ class MoELayer(nn.Module):
         """E, without the shared experts and the router's own."""
         return len(self.experts)
 
+    def copies(self) -> dict[str, nn.Module]:
+        """What holds the dense module's tensors, by place: experts ('experts.0', ...), then shared
+        experts ('shared.0', ...)."""
+        found = {f'experts.{e}': expert for e, expert in enumerate(self.experts)}
+        return {**found, **{f'shared.{s}': expert for s, expert in enumerate(self.shared)}}
+
     def _copies(self) -> nn.ModuleList:
         """Experts, then shared experts."""
         return nn.ModuleList([*self.experts, *self.shared])
 
     @property
     def dense(self) -> nn.Module:
-        """What stands for the dense module: the first of :func:`copies_of`."""
-        return next(iter(copies_of(self).values()))
+        """What stands for the dense module: the first of :meth:`copies`."""
+        return next(iter(self.copies().values()))
 
     def reset_parameters(self) -> None:
         """Initialise what the dense module does not tell: the router and the bypass."""
@@ -595,7 +602,7 @@ def expand_dense_keys(layer: MoELayer, state_dict: dict[str, Any], prefix: str) 
         ValueError: If a dense tensor does not fit the experts, or the checkpoint holds another
             number of experts.
     """
-    own = tuple(f'{prefix}{child}.' for child in OWN_CHILDREN)
+    own = tuple(f'{prefix}{child}.' for child in layer.own_children)
     below = [key for key in state_dict if key.startswith(prefix)]
     found = {key[len(own[0]) :].partition('.')[0] for key in below if key.startswith(own[0])}
     if found and found != {str(e) for e in range(layer.num_experts)}:
@@ -612,7 +619,7 @@ def expand_dense_keys(layer: MoELayer, state_dict: dict[str, Any], prefix: str) 
             f'{dense[0]!r}'
         )
     values = {key[len(prefix) :]: state_dict.pop(key) for key in dense}
-    for place, expert in copies_of(layer).items():
+    for place, expert in layer.copies().items():
         targets = dict(expert.state_dict(keep_vars=True))
         noisy = noisy_parameters(expert, layer.noise)
         for key, value in values.items():
@@ -629,8 +636,8 @@ def expand_dense_keys(layer: MoELayer, state_dict: dict[str, Any], prefix: str) 
                 seed_key = noise_key(layer, place, key)
                 value = disturbed(value, layer.noise, layer.noise_seed, seed_key)
             state_dict[f'{prefix}{place}.{key}'] = value
-    filled = {place.partition('.')[0] for place in copies_of(layer)}
-    for child in (child for child in OWN_CHILDREN if child not in filled):
+    filled = {place.partition('.')[0] for place in layer.copies()}
+    for child in (child for child in layer.own_children if child not in filled):
         module = layer._modules.get(child)
         for key, value in {} if module is None else module.state_dict().items():
             state_dict.setdefault(f'{prefix}{child}.{key}', value)
@@ -645,16 +652,6 @@ def why_unlike(layer: MoELayer) -> str:
         f': {layer.altered}, so a dense checkpoint cannot fill them. Train from scratch, load a '
         f'checkpoint of this MoE model, or leave width out'
     )
-
-
-def copies_of(layer: MoELayer) -> dict[str, nn.Module]:
-    """What holds the dense module's tensors, by place in the layer: experts and shared experts
-    ('experts.0', ..., 'shared.0', ...), where the experts are adapters the one frozen 'base'."""
-    base = layer._modules.get('base')
-    if base is not None:
-        return {'base': base}
-    found = {f'experts.{e}': expert for e, expert in enumerate(layer.experts)}
-    return {**found, **{f'shared.{s}': expert for s, expert in enumerate(layer.shared)}}
 
 
 def noise_key(layer: MoELayer, place: str, key: str) -> str:

@@ -26,9 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_moe.moe.layer import (
-    OWN_CHILDREN,
     MoELayer,
-    copies_of,
     disturbed,
     moe_layers,
     noise_key,
@@ -83,7 +81,7 @@ def spread_first_expert_(
         share = layer.noise if noise is None else noise
         layer_seed = layer.noise_seed if seed is None else seed
         source = {key: value.clone() for key, value in _tensors(layer.dense).items()}
-        for place, expert in copies_of(layer).items():
+        for place, expert in layer.copies().items():
             parameters = noisy_parameters(expert, share)
             for key, value in _tensors(expert).items():
                 new = source[key]
@@ -101,7 +99,7 @@ def spread_optimizer_state_(model: nn.Module, optimizer: torch.optim.Optimizer) 
     """
     for layer in moe_layers(model).values():
         first = dict(layer.dense.named_parameters())
-        for expert in list(copies_of(layer).values())[1:]:
+        for expert in list(layer.copies().values())[1:]:
             for key, parameter in expert.named_parameters():
                 known = optimizer.state.get(first[key])
                 if known and parameter is not first[key]:
@@ -214,7 +212,7 @@ def _dense_tensors(
     layer: MoELayer, name: str, e: int, state: Mapping[str, Any], source: str | int
 ) -> dict[str, Tensor]:
     """The dense module's tensors in a dense model's state dict."""
-    own = tuple(f'{name}.{child}.' for child in OWN_CHILDREN)
+    own = tuple(f'{name}.{child}.' for child in layer.own_children)
     if any(key.startswith(own) for key in state):
         raise ValueError(f'checkpoint {source!r} is a MoE model at {name}, a dense one is needed')
     found = {}
