@@ -109,8 +109,21 @@ def tiny_dataset(tiny_domains):
 @pytest.fixture
 def mmdet_moe_scope():
     """Registries look types up in ``mmdet_moe`` first, as under a Runner."""
+    yield from _scope('mmdet_moe')
+
+
+@pytest.fixture
+def mmpretrain_scope():
+    """Registries look types up in ``mmpretrain`` first, as under a Runner of classifiers."""
+    from mmengine.logging import MMLogger
+
+    MMLogger.get_current_instance().setLevel('WARNING')
+    yield from _scope('mmpretrain')
+
+
+def _scope(name):
     from mmengine.registry import DefaultScope, init_default_scope
 
-    init_default_scope('mmdet_moe')
+    init_default_scope(name)
     yield
     DefaultScope._instance_dict.clear()

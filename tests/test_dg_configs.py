@@ -10,7 +10,6 @@ pytest.importorskip('mmpretrain')
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope, init_default_scope
 from mmengine.runner import Runner
 from mmpretrain.registry import MODELS
 
@@ -20,13 +19,6 @@ from mmdet_moe.datasets.dg_catalog import CATALOG
 CONFIGS = Path(__file__).parents[1] / 'configs/dg'
 STYLES = ('noto', 'twemoji', 'fluent_flat', 'fluent_hc', 'openmoji')
 EMOJI = ('activities', 'animals_nature', 'food_drink', 'objects', 'smileys', 'travel_places')
-
-
-@pytest.fixture
-def scope():
-    init_default_scope('mmpretrain')
-    yield
-    DefaultScope._instance_dict.clear()
 
 
 def write_images(root: Path, domains, classes, per_class: int, size: int) -> None:
@@ -54,7 +46,7 @@ def trained_step(cfg: Config):
     return batch
 
 
-def test_erm_with_resnet50_on_pacs(tmp_path, monkeypatch, scope):
+def test_erm_with_resnet50_on_pacs(tmp_path, monkeypatch, mmpretrain_scope):
     info = CATALOG['PACS']
     write_images(tmp_path / 'PACS', info.domains, info.classes, 2, 16)
     for name, value in dict(DG_ROOT=f'{tmp_path}/', DG_TEST='sketch', DG_TRIAL='1').items():
@@ -81,7 +73,7 @@ def test_domainnet_has_its_own_steps_and_classes(monkeypatch):
     assert cfg.val_dataloader.dataset.name == 'ColoredMNIST'
 
 
-def test_erm_on_emoji_holds_out_both_fluent_styles(tmp_path, monkeypatch, scope):
+def test_erm_on_emoji_holds_out_both_fluent_styles(tmp_path, monkeypatch, mmpretrain_scope):
     write_images(tmp_path, STYLES, EMOJI, 8, 16)
     monkeypatch.setenv('EMOJI_DG', f'{tmp_path}/')
     monkeypatch.setenv('DG_TEST', 'fluent_hc')

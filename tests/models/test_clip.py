@@ -13,7 +13,6 @@ from torch import nn
 
 pytest.importorskip('mmpretrain')
 
-from mmengine.registry import DefaultScope, init_default_scope
 from mmpretrain.registry import MODELS
 
 import mmdet_moe.models  # noqa: F401 - registers the models
@@ -23,11 +22,7 @@ D, HEADS, LAYERS, PATCH, SIDE, OUT = 24, 3, 2, 4, 12, 10
 TOOL = Path(__file__).parents[2] / 'tools/model_converters/clip_to_mmpretrain.py'
 
 
-@pytest.fixture(autouse=True)
-def scope():
-    init_default_scope('mmpretrain')
-    yield
-    DefaultScope._instance_dict.clear()
+pytestmark = pytest.mark.usefixtures('mmpretrain_scope')
 
 
 class QuickGELU(nn.Module):

@@ -13,9 +13,7 @@ import torch
 pytest.importorskip('mmpretrain')
 
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DefaultScope, init_default_scope
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 
@@ -33,12 +31,7 @@ BALANCES = {
 WIDTH = 8  # of the first stage; 64 is the networks' own, 16 that of the small ones
 
 
-@pytest.fixture(autouse=True)
-def scope():
-    MMLogger.get_current_instance().setLevel('WARNING')
-    init_default_scope('mmpretrain')
-    yield
-    DefaultScope._instance_dict.clear()
+pytestmark = pytest.mark.usefixtures('mmpretrain_scope')
 
 
 @functools.cache

@@ -7,7 +7,6 @@ import torch
 
 pytest.importorskip('mmpretrain')
 
-from mmengine.registry import init_default_scope
 
 from mmdet_moe.models import HybridVisionTransformer
 from mmdet_moe.registry import MODELS
@@ -16,9 +15,7 @@ ARCH = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
 STEM = dict(type='mmdet_moe.EfficientNetLite', out_indices=(1,), frozen_stages=2)
 
 
-@pytest.fixture(autouse=True)
-def scope():
-    init_default_scope('mmpretrain')
+pytestmark = pytest.mark.usefixtures('mmpretrain_scope')
 
 
 def build(**options):

@@ -14,9 +14,7 @@ import torch
 pytest.importorskip('mmpretrain')
 
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DefaultScope, init_default_scope
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 
@@ -29,12 +27,7 @@ KINDS = ('full', 'lora', 'kadaptation', 'lora-moa', 'kadaptation-moa')
 SMALL = dict(embed_dims=128, num_layers=4, num_heads=4, feedforward_channels=64)
 
 
-@pytest.fixture(autouse=True)
-def scope():
-    MMLogger.get_current_instance().setLevel('WARNING')
-    init_default_scope('mmpretrain')
-    yield
-    DefaultScope._instance_dict.clear()
+pytestmark = pytest.mark.usefixtures('mmpretrain_scope')
 
 
 @functools.cache

@@ -16,9 +16,7 @@ import torch
 pytest.importorskip('mmpretrain')
 
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DefaultScope, init_default_scope
 from mmengine.runner import autocast
 from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from mmpretrain.structures import DataSample
@@ -34,12 +32,7 @@ E, D, HEADS, DEPTH, CLASSES = 3, 16, 2, 4, 5
 SIDE = 32  # of the images of the shipped configs, here
 
 
-@pytest.fixture(autouse=True)
-def scope():
-    MMLogger.get_current_instance().setLevel('WARNING')
-    init_default_scope('mmpretrain')
-    yield
-    DefaultScope._instance_dict.clear()
+pytestmark = pytest.mark.usefixtures('mmpretrain_scope')
 
 
 def spec_of(kind, **router):
