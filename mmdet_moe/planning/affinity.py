@@ -107,7 +107,7 @@ def prototype_affinity(
     """
     pool = _Pool(embeddings, center, demand)
     membership = _balanced_prototypes(pool, num_experts, capacity, seed, restarts)
-    prototypes = _unit(membership.T @ (pool.mass[:, None] * pool.z))
+    prototypes = unit_rows(membership.T @ (pool.mass[:, None] * pool.z))
     matrix = pool.per_dataset(pool.z @ prototypes.T)
     return Affinity(pool.given, pool.as_given(matrix), pool.as_given(pool.per_dataset(membership)))
 
@@ -179,11 +179,11 @@ def dataset_prototypes(
     pool = _Pool(embeddings, center=False)
     m = len(pool.names)
     sums = np.array([pool.z[pool.row == i].sum(axis=0) for i in range(m)])
-    means = _unit(sums)
+    means = unit_rows(sums)
     cosine = pool.z @ means.T
     count = np.bincount(pool.row, minlength=m).astype(float)
     many = count[pool.row] > 1
-    others = _unit(sums[pool.row] - pool.z)
+    others = unit_rows(sums[pool.row] - pool.z)
     own = np.arange(len(pool.z)), pool.row
     cosine[own] = np.where(many, (pool.z * others).sum(axis=1), cosine[own])
     target = np.repeat((1.0 / (count + m))[pool.row][:, None], m, axis=1)
@@ -331,7 +331,7 @@ class _Pool:
                 raise PlanError(
                     f'embeddings of {name!r} hold a zero vector, which has no direction'
                 )
-            arrays.append(_unit(array))
+            arrays.append(unit_rows(array))
         counts = np.array([len(array) for array in arrays])
         given = checks.vector(1.0 if demand is None else demand, self.given, 'demand', 'dataset', 0)
         by_name = dict(zip(self.given, given.tolist(), strict=True))
@@ -341,7 +341,7 @@ class _Pool:
         self.weight = (1 / (len(arrays) * counts))[self.row]
         self.z = np.concatenate(arrays)
         if center:
-            self.z = _unit(self.z - self.weight @ self.z)
+            self.z = unit_rows(self.z - self.weight @ self.z)
 
     def room(self, capacity: Any, n: int) -> Floats:
         """Shape (n,): what each prototype has room for; enough for all in all."""
@@ -371,7 +371,7 @@ class _Pool:
         return rows[[position[name] for name in self.given]]
 
 
-def _unit(a: Floats) -> Floats:
+def unit_rows(a: Floats) -> Floats:
     """Rows brought to length 1; a zero row stays zero (nothing is similar to it)."""
     length = np.linalg.norm(a, axis=1, keepdims=True)
     return np.divide(a, length, out=np.zeros_like(a), where=length > 1e-12)
@@ -407,7 +407,7 @@ def _balanced_prototypes(
             if new <= score + 1e-9:
                 break
             score, membership = new, trial
-            prototypes = _unit(sums)
+            prototypes = unit_rows(sums)
         # A later start must be clearly better, or rounding would choose among equal ones.
         if score > best_score + 1e-6:
             best_score, best = score, membership

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from mmdet_moe.planning import checks
+from mmdet_moe.planning.affinity import unit_rows
 from mmdet_moe.planning.errors import InfeasibleError, PlanError
 from mmdet_moe.planning.plan import LOAD_TOLERANCE, ExpertPlan, exact_loads
 
@@ -114,16 +115,11 @@ def _similarities(previous: ExpertPlan, name: str, prototypes: Mapping[str, Any]
             f'prototype of {name!r} has {prototypes["dimension"]} numbers, those of the earlier '
             f'plan {previous.prototypes["dimension"]}: use its embedder'
         )
-    old = _unit([previous.prototypes['mean'][d] for d in previous.datasets])
-    own = _unit([prototypes['mean'][name]])
+    old = unit_rows(np.asarray([previous.prototypes['mean'][d] for d in previous.datasets], float))
+    own = unit_rows(np.asarray([prototypes['mean'][name]], float))
     centre = old.mean(axis=0) if len(old) > 1 else np.zeros(old.shape[1])
-    similarity: np.ndarray = _unit(old - centre) @ _unit(own - centre)[0]
+    similarity: np.ndarray = unit_rows(old - centre) @ unit_rows(own - centre)[0]
     return similarity
-
-
-def _unit(vectors: Sequence[Any] | np.ndarray) -> np.ndarray:
-    array = np.asarray(vectors, dtype=np.float64)
-    return array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12)
 
 
 def _choose(
