@@ -142,12 +142,14 @@ LISA_HEADER = (
 )
 
 
+LISA_FOLDER = 'aiua120214-0/frameAnnotations-DataLog02142012_external_camera.avi_annotations'
+
+
 def make_lisa(src: Path) -> list:
-    folder = 'aiua120214-0/frameAnnotations-DataLog02142012_external_camera.avi_annotations'
     rows = []
     for track in range(5):
         for frame in range(2):
-            name = f'{folder}/stop_133054{track}.avi_image{frame}.png'
+            name = f'{LISA_FOLDER}/stop_133054{track}.avi_image{frame}.png'
             origin = f'aiua120214-0/DataLog02142012_external_camera.avi;2667;stop_133054{track}.avi'
             rows.append(f'{name};stop;10;4;20;14;0,1;{origin};{frame}')
             if track == 0 and frame == 0:
@@ -210,6 +212,8 @@ def make_dota(src: Path) -> list:
         '40 40 60 40 60 50 40 50 ship 1',  # difficult
         '50 10 70 10 70 20 50 20 harbor 0',
         '1 1 3 1 3 3 1 3 container-crane 0',
+        '80 50 80 50 80 50 80 50 plane 0',  # a point, in the second tile
+        '120 10 130 10 130 20 120 20 ship 0',  # right of the image
     ]
     write(src / 'train/labelTxt/P0000.txt', head + '\n'.join(lines) + '\n')
     picture(src / 'train/images/P0000.png', 100, 60)
@@ -448,7 +452,11 @@ def test_dota_boxes_are_upright_and_cut_by_tiles(made):
         ],
         'P0000_36_0.png': [('ship', [4, 40, 20, 10], 1), ('harbor', [14, 10, 20, 10], 0)],
     }
-    assert changed(out, 'dota', 'train') == {"left out: no class 'container-crane'": 1}
+    assert changed(out, 'dota', 'train') == {
+        "left out: no class 'container-crane'": 1,
+        'left out: empty': 1,
+        'left out: outside the image': 1,
+    }
     assert boxes(out, 'dota', 'test') == {'P0003_0_0.png': []}
     tile = np.asarray(Image.open(out / 'dota/train/P0000_36_0.png'))
     whole = np.asarray(Image.open(owners['dota'] / 'train/images/P0000.png'))
@@ -641,10 +649,39 @@ def test_an_incomplete_archive_is_refused_and_what_is_missing_named(tmp_path, ca
     picture(src / 'training/image_2/000002.png', 100, 32)
     assert run('kitti', src, tmp_path) == 0
     report = capsys.readouterr().out
-    assert '1 images in' in report and 'have no label: 000003.png' in report  # surplus
+    assert 'image_2 are in no split: 000003.png' in report
     assert "1 boxes left out: no class 'Misc'" in report
     assert convert.main(['kitti', '--out', str(tmp_path), '--check']) == 0
     assert capsys.readouterr().out == 'kitti: in order\n'
+
+
+@pytest.mark.parametrize(
+    ('domain', 'stray', 'named'),
+    [
+        ('kitti', 'training/image_2/x.png', '000003.png, x.png'),
+        ('voc', 'VOCdevkit/VOC2012/JPEGImages/x.jpg', 'x.jpg'),
+        ('widerface', 'WIDER_val/images/0--Parade/x.jpg', 'x.jpg'),
+        ('widerface', 'WIDER_val/images/7--x/y.jpg', '7--x'),  # a folder of which no image is used
+        ('lisa', f'{LISA_FOLDER}/x.png', 'x.png'),
+        ('kitchen', 'gmu_scene_003/Images/x.png', 'rgb_3.png, x.png'),
+        ('coco', 'val2014/x.jpg', 'x.jpg'),
+        ('dota', 'val/images/x.png', 'x.png'),
+        ('deeplesion', 'Images_png/000009_01_01/009.png', '000009_01_01'),
+        ('comic', 'comic/JPEGImages/x.jpg', 'x.jpg'),
+        ('clipart', 'clipart/JPEGImages/x.jpg', 'x.jpg'),
+        ('watercolor', 'watercolor/JPEGImages/x.jpg', 'x.jpg'),
+    ],
+)
+def test_surplus_images_are_named(domain, stray, named, tmp_path, capsys):
+    """Whether the rest is complete or not; VOC's images of other lists are no surplus."""
+    more = MINIATURES[domain](tmp_path / 'owner')
+    picture(tmp_path / 'owner' / stray, 8, 8)
+    assert run(domain, tmp_path / 'owner', tmp_path, *more) == 2
+    assert named in capsys.readouterr().err
+    assert run(domain, tmp_path / 'owner', tmp_path, '--partial', *more) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'in no split' in line]
+    assert any(line.endswith(f'are in no split: {named}') for line in lines), lines
+    assert len(lines) == (3 if domain == 'kitchen' else 1)  # its three scenes have a rgb_3.png
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def read(args: argparse.Namespace) -> Reading:
     problems = []
     if unknown:
         problems.append(f'{len(unknown)} images of minival are not in {path}')
-    return Reading(items, _pictures, SIZES, problems=problems)
+    return Reading(items, _pictures, SIZES, folders=[args.src / 'val2014'], problems=problems)
 
 
 def minival_ids(args: argparse.Namespace) -> set[int]:

@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 3)]  # to 
 from mmdet_moe.planning.checks import short  # noqa: E402
 from uodb import coco, deeplesion, dota, kitchen, kitti, lisa, voc, widerface  # noqa: E402
 from uodb.check import check_domain  # noqa: E402
-from uodb.layout import check_reading, digest, write_domain  # noqa: E402
+from uodb.layout import check_reading, digest, surplus, write_domain  # noqa: E402
 
 CONVERTERS = {
     'kitti': kitti.CONVERTER,
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f'convert: {error}', file=sys.stderr)
         return 2
-    for note in [*reading.notes, *check_reading(reading)]:
+    for note in [*reading.notes, *check_reading(reading), *surplus(reading)]:
         print(f'{args.domain}: {note}')
     for split, made in report.items():
         print(

@@ -50,7 +50,7 @@ def read(args: argparse.Namespace) -> Reading:
         if found != expected:
             problems.append(f'{split}: {found} lesions, the dataset has {expected}')
     render = partial(_pictures, neighbours=args.neighbours)
-    return Reading(splits, render, {'all': SLICES}, problems=problems)
+    return Reading(splits, render, {'all': SLICES}, folders=[images], problems=problems)
 
 
 def _rows(table: Path) -> Iterator[dict[str, str]]:

@@ -20,15 +20,13 @@ def read(args: argparse.Namespace) -> Reading:
     problems = []
     if len(scenes) != SCENES:
         problems.append(f'{len(scenes)} scenes (gmu_scene_*), the dataset has {SCENES}')
-    items, without = [], 0
+    items = []
     for scene in scenes:
         xmls = sorted((scene / 'Annotations').glob('*.xml'))
         for xml in xmls:
             name = f'{scene.name}/{xml.stem}'
             image = scene / f'Images/{xml.stem}.png'
             items.append(Item(name, image, (xml, f'{name}.png')))
-        without += len({*(scene / 'Images').glob('*.png')} - {item.source for item in items})
-    notes = [f'{without} frames have no annotation and are left out'] if without else []
     test = {f'gmu_scene_{number:03d}' for number in args.test_scenes}
     unknown = sorted(test - {scene.name for scene in scenes})
     if unknown and not args.split_file:
@@ -41,7 +39,10 @@ def read(args: argparse.Namespace) -> Reading:
             splits['test' if item.key.split('/')[0] in test else 'train'].append(item)
         rule = f'test scenes {" ".join(sorted(test))}'
     reader = VOCReader(label_space()['kitchen'])
-    return Reading(splits, partial(xml_pictures, reader), rule=rule, problems=problems, notes=notes)
+    folders = [scene / 'Images' for scene in scenes]
+    return Reading(
+        splits, partial(xml_pictures, reader), rule=rule, folders=folders, problems=problems
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

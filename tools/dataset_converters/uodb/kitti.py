@@ -13,7 +13,6 @@ from uodb.layout import (
     Picture,
     Reading,
     add_split_arguments,
-    count_surplus,
     find,
     label_space,
     read_lines,
@@ -36,7 +35,7 @@ def read(args: argparse.Namespace) -> Reading:
     ]
     if not items:
         raise ValueError(f'{labels} has no label files')
-    notes = count_surplus(images, [item.source for item in items], 'have no label')
+    notes = []
     lists = [labels.parent.parent / f'ImageSets/{name}.txt' for name in ('train', 'val')]
     splits, rule = split_items(
         args,
@@ -50,7 +49,7 @@ def read(args: argparse.Namespace) -> Reading:
             'there is no ImageSets/{train,val}.txt, so the split is random: frames of one drive '
             'come into both halves, and scores will be too high'
         )
-    return Reading(splits, _pictures, SIZES, rule, notes=notes)
+    return Reading(splits, _pictures, SIZES, rule, folders=[images], notes=notes)
 
 
 def _pictures(item: Item) -> Iterator[Picture]:

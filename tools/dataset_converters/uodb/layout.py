@@ -33,6 +33,7 @@ from mmdet_moe.planning.checks import short, write_atomically
 CONFIG = Path(__file__).resolve().parents[3] / 'configs/_base_/datasets/uodb.py'
 SPLITS = ('train', 'test')
 MANIFEST = 'conversion.json'
+IMAGES = ('.jpg', '.png')
 
 
 @lru_cache(maxsize=1)
@@ -113,6 +114,9 @@ class Reading:
         expected: Number of items of a split in the benchmark; ``all``: of both together. A number
             that nobody published is not here and not checked.
         rule: Where the split comes from; another one than an earlier run's is refused.
+        folders: Where the owner's images are: images and folders in them that no split uses are
+            named.
+        others: Images in ``folders`` that the owner's lists know, for other tasks.
         problems: What the reader found missing.
         notes: What the user should know, but need not mend.
     """
@@ -121,6 +125,8 @@ class Reading:
     pictures: Callable[[Item], Iterable[Picture]]
     expected: dict[str, int] = field(default_factory=dict)
     rule: str = "the owner's lists"
+    folders: Iterable[Path] = ()
+    others: Iterable[Path] = ()
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -164,17 +170,6 @@ def read_lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f'cannot read {path}: {error}') from None
     return [line.strip() for line in lines if line.strip()]
-
-
-def count_surplus(folder: Path, known: Iterable[Path], what: str) -> list[str]:
-    """A note about images of ``folder`` that the annotations do not know."""
-    known = {path.name for path in known}
-    names = sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.suffix in ('.png', '.jpg') and path.name not in known
-    )
-    return [f'{len(names)} images in {folder} {what}: {short(names, 3)}'] if names else []
 
 
 def split_items(
@@ -370,6 +365,23 @@ def check_reading(reading: Reading) -> list[str]:
     return problems
 
 
+def surplus(reading: Reading) -> list[str]:
+    """What the owner's image folders hold that is in no split, a line for each folder."""
+    known = {*reading.others}
+    for item in (item for items in reading.splits.values() for item in items):
+        known |= {item.source, item.source.parent}
+    lines = []
+    for folder in sorted({*reading.folders}):
+        names = sorted(
+            path.name
+            for path in (folder.iterdir() if folder.is_dir() else ())
+            if path not in known and (path.suffix in IMAGES or path.is_dir())
+        )
+        if names:
+            lines.append(f'{len(names)} in {folder} are in no split: {short(names, 3)}')
+    return lines
+
+
 def write_domain(
     domain: str,
     reading: Reading,
@@ -407,9 +419,8 @@ def write_domain(
     """
     problems = check_reading(reading)
     if problems and not partial:
-        raise ValueError(
-            f'{domain}: {"; ".join(problems)}. Give --partial to convert what there is'
-        )
+        found = '; '.join([*problems, *surplus(reading)])
+        raise ValueError(f'{domain}: {found}. Give --partial to convert what there is')
     folder = Path(out) / domain
     options = json.loads(json.dumps({**(options or {}), 'split': reading.rule}))
     _claim(folder, options, overwrite)

@@ -73,7 +73,8 @@ def read(args: argparse.Namespace) -> Reading:
     problems = []
     if rows != ANNOTATIONS:
         problems.append(f'{table} has {rows} annotations, the dataset has {ANNOTATIONS}')
-    return Reading(splits, _pictures, {'all': FRAMES}, rule, problems)
+    folders = {item.source.parent for item in items}
+    return Reading(splits, _pictures, {'all': FRAMES}, rule, folders=folders, problems=problems)
 
 
 def _rows(table: Path) -> Iterator[dict[str, str]]:

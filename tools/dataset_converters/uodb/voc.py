@@ -83,6 +83,16 @@ def listed(root: Path, subset: str) -> list[Item]:
     ]
 
 
+def in_lists(root: Path) -> Iterator[Path]:
+    """The images of all lists of ``root/ImageSets``, those of other tasks too."""
+    names = {
+        line.split()[0]
+        for path in (root / 'ImageSets').glob('*/*.txt')
+        for line in read_lines(path)
+    }
+    return (root / f'JPEGImages/{name}.jpg' for name in names)
+
+
 def read_voc(args: argparse.Namespace) -> Reading:
     """``VOC2007`` and ``VOC2012``: both trainval for training, 2007's test."""
     voc07 = find(args.src, 'VOC2007', 'VOCdevkit/VOC2007')
@@ -93,7 +103,7 @@ def read_voc(args: argparse.Namespace) -> Reading:
     }
     reader = VOCReader(label_space()['voc'])
     expected = {'train': 5011 + 11540, 'test': 4952}
-    return Reading(splits, partial(xml_pictures, reader), expected)
+    return _reading(splits, reader, expected, voc07, voc12)
 
 
 def read_art(args: argparse.Namespace) -> Reading:
@@ -103,7 +113,19 @@ def read_art(args: argparse.Namespace) -> Reading:
     root = lists.parent.parent
     reader = VOCReader(label_space()[args.domain])
     splits = {split: listed(root, split) for split in ('train', 'test')}
-    return Reading(splits, partial(xml_pictures, reader), expected)
+    return _reading(splits, reader, expected, root)
+
+
+def _reading(
+    splits: dict[str, list[Item]], reader: VOCReader, expected: dict[str, int], *roots: Path
+) -> Reading:
+    return Reading(
+        splits,
+        partial(xml_pictures, reader),
+        expected,
+        folders=[root / 'JPEGImages' for root in roots],
+        others=[path for root in roots for path in in_lists(root)],
+    )
 
 
 VOC = Converter(read_voc, 'Pascal VOC 2007 and 2012 (VOCdevkit)')

@@ -18,14 +18,15 @@ ATTRIBUTES = ('blur', 'expression', 'illumination', 'invalid', 'occlusion', 'pos
 def read(args: argparse.Namespace) -> Reading:
     """Training and validation; the labels of the test half are not public."""
     lists = find(args.src, 'wider_face_split')
-    splits = {}
+    splits, folders = {}, []
     for split, owners in (('train', 'train'), ('test', 'val')):
         images = args.src / f'WIDER_{owners}/images'
         path = lists / f'wider_face_{owners}_bbx_gt.txt'
         splits[split] = [
             Item(name, images / name, rows) for name, rows in parse_list(read_lines(path), path)
         ]
-    return Reading(splits, _pictures, SIZES)
+        folders += [images, *(item.source.parent for item in splits[split])]
+    return Reading(splits, _pictures, SIZES, folders=folders)
 
 
 def parse_list(lines: list[str], path: Path) -> Iterator[tuple[str, list[list[int]]]]:
