@@ -7,8 +7,8 @@ After ``python tools/mini_uodb.py --data DATA --suite retinanet --hold-out bccd`
 Draw the shots (``tools/fewshot_split.py``), let the newcomer join the plan by the fewest of them,
 the old map held. For each number of shots per class adapt GEM (a new expert and the newcomer's
 class rows, all else frozen), DAMEX (experts, router and those rows) and the dense twin
-(everything), and test the newcomer. The domains before it are tested after the last number of
-shots, or after each (``--old each``). Shots are numbers, or ``all`` for the whole training set.
+(everything), and test the newcomer and the domains before it; these only after the last number of
+shots with ``--old last``. Shots are numbers, or ``all`` for the whole training set.
 
 Everything is left in ``work_dirs/fewshot/<detector>-seed<N>``: the shots, the plan, the models,
 their metrics, the table ``results.json`` and ``results.md``, the curves ``shots.png``, all output
@@ -67,21 +67,12 @@ def run(
     env = {'MINI_UODB': f'{data}/', 'BASE_PLAN': str(plan), 'OMP_NUM_THREADS': job.threads()}
     env |= job.devices()
     files = [f'{path} {path.stat().st_mtime_ns}' for path in checkpoints.values()]
-    inputs = f'{job.source_digest()} {sys.version_info[:2]} {data} {files} {seed} {detector}'
+    inputs = (
+        f'{job.source_digest()} {sys.version_info[:2]} {data} {files} {seed} {others} {detector}'
+    )
     job_steps = job.Steps(out, f'{inputs} {plan.read_text()}', env)
 
-    numbers = [int(k) for k in shots if k != ALL]
-    drawn = {k: source if k == ALL else split_path(out, source, int(k), seed) for k in shots}
-    if numbers:
-        arguments = ['tools/fewshot_split.py', str(source), '--out', str(out), '--shots']
-        arguments += [*map(str, numbers), '--seed', str(seed), '--others', others]
-        job_steps.step(
-            'split',
-            f'draw {", ".join(map(str, numbers))} shots per class',
-            lambda _: job_steps.run(*arguments, show=job.everything),
-            ' '.join(arguments),
-            [drawn[str(k)] for k in numbers],
-        )
+    drawn = {k: draw(job_steps, out, source, k, seed, others) for k in shots}
     runs: dict[str, dict[str, Adapted]] = {name: {} for name in models}
     own = {'MINI_UODB_PLAN': str(out / 'plan.json')}
     fewest = min(shots, key=lambda k: float('inf') if k == ALL else int(k))
@@ -92,18 +83,38 @@ def run(
             config, folder = CONFIG.format(name, detector), out / f'{name}-{k}'
             env = {**own, 'BASE_CHECKPOINT': str(checkpoints[name])}
             options = budget.train_options(budget.steps)
-            what = f'adapt {name} to {k} shots'
-            checkpoint = job.train(job_steps, what, config, folder, seed, options, env)
-            what = f'test {name} after {k} shots'
-            folder = out / f'test-{name}-{k}'
-            options = budget.test_options()
-            domains = [NEWCOMER] if old == 'last' and k != shots[-1] else []
-            found = domain_aps(
-                job.test(job_steps, what, config, checkpoint, folder, options, env, domains)
-            )
+            with job_steps.branch():
+                what = f'adapt {name} to {k} shots'
+                checkpoint = job.train(job_steps, what, config, folder, seed, options, env)
+                what = f'test {name} after {k} shots'
+                folder = out / f'test-{name}-{k}'
+                options = budget.test_options()
+                domains = [NEWCOMER] if old == 'last' and k != shots[-1] else []
+                metrics = job.test(
+                    job_steps, what, config, checkpoint, folder, options, env, domains
+                )
+            found = domain_aps(metrics)
             runs[name][k] = Adapted(found.pop(NEWCOMER), found)
     report(out, runs, before)
     return 0
+
+
+def draw(steps: job.Steps, out: Path, source: Path, k: str, seed: int, others: str) -> Path:
+    """The step that draws ``k`` shots; on them nothing depends but what is given their file."""
+    if k == ALL:
+        return source
+    path = split_path(out, source, int(k), seed)
+    arguments = ['tools/fewshot_split.py', str(source), '--out', str(out), '--shots', k]
+    arguments += ['--seed', str(seed), '--others', others]
+    with steps.branch():
+        steps.step(
+            f'draw {k}',
+            f'draw {k} shots per class',
+            lambda _: steps.run(*arguments, show=job.everything),
+            ' '.join(arguments),
+            [path],
+        )
+    return path
 
 
 def make_plan(steps: job.Steps, config: str, env: Mapping[str, str]) -> None:
@@ -115,7 +126,7 @@ def make_plan(steps: job.Steps, config: str, env: Mapping[str, str]) -> None:
         lambda _: steps.run(
             'tools/plan_experts.py', config, '--out', str(path), show=job.everything, env=dict(env)
         ),
-        config,
+        f'{config} {env["SHOTS"]}',
         [path],
     )
 
@@ -204,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--size', type=int, default=Budget().size, help="as the base run's, px")
     parser.add_argument('--seed', type=int, default=0, help='of shots and training (default: 0)')
     parser.add_argument('--others', choices=OTHERS, default='ignore', help='see fewshot_split.py')
-    parser.add_argument('--old', choices=('last', 'each'), default='last', help='see above')
+    parser.add_argument('--old', choices=('last', 'each'), default='each', help='see above')
     parser.add_argument('--out', help='default: work_dirs/fewshot/<detector>-seed<N>')
     args = parser.parse_args(argv)
     models = args.models or list(MODELS[args.detector])

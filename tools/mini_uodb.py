@@ -165,9 +165,10 @@ def run(
             *train_options,
             *(NO_DENSE_HALF if suite == 'retinanet' and name != 'dense' else ()),
         ]
-        what = f'train {name} (seed {seed})'
-        checkpoint = job.train(steps, what, config, out / name, seed, options)
-        job.test(steps, f'test {name} per domain', config, checkpoint, folder, test_options)
+        with steps.branch():
+            what = f'train {name} (seed {seed})'
+            checkpoint = job.train(steps, what, config, out / name, seed, options)
+            job.test(steps, f'test {name} per domain', config, checkpoint, folder, test_options)
         tests.append(f'{name}={folder / "metrics.json"}')
     arguments = ['tools/analysis_tools/compare_runs.py', *tests]
     arguments += ['--baseline', 'dense'] if 'dense' in models else []
@@ -185,10 +186,11 @@ def singles(
     tests = []
     for domain in domains:
         env, folder = {'SINGLE_DOMAIN': domain}, out / f'test-single-{domain}'
-        what = f'train dense {domain} (seed {seed})'
-        checkpoint = job.train(steps, what, config, out / f'single-{domain}', seed, options, env)
-        what = f'test dense {domain}'
-        job.test(steps, what, config, checkpoint, folder, budget.test_options(), env)
+        with steps.branch():
+            what, to = f'train dense {domain} (seed {seed})', out / f'single-{domain}'
+            checkpoint = job.train(steps, what, config, to, seed, options, env)
+            what = f'test dense {domain}'
+            job.test(steps, what, config, checkpoint, folder, budget.test_options(), env)
         tests.append(f'single={folder / "metrics.json"}')
     return tests
 

@@ -17,8 +17,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,7 +41,7 @@ class Steps:
     """Runs steps in order and remembers, across calls, which are done.
 
     A step's key covers the keys of all steps before it, so that one that runs again makes all
-    later ones run again.
+    later ones run again. Steps of a :meth:`branch` count for each other only.
 
     Args:
         out: Folder that holds the memory (``steps.json``) and the log (``steps.log``).
@@ -61,6 +62,13 @@ class Steps:
             self.done: dict[str, str] = json.loads(self.memory.read_text())
         except (OSError, ValueError):
             self.done = {}
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """Steps within depend on those before the branch; those after it do not depend on them."""
+        key = self.key
+        yield
+        self.key = key
 
     def _remember(self, name: str) -> None:
         self.done[name] = self.key

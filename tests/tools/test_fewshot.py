@@ -67,8 +67,7 @@ def test_every_model_is_adapted_to_all_shots_and_nothing_is_done_twice(tmp_path,
         arguments = list(arguments)
         calls.append((Path(tool).stem, arguments, env or {}))
         if 'split' in tool:
-            for k in ('1', '5'):
-                write_atomically(out / f'train_{k}shot_seed0.json', '{}')
+            write_atomically(out / f'train_{after(arguments, "--shots")}shot_seed0.json', '{}')
         elif 'plan' in tool:
             write_atomically(after(arguments, '--out'), '{}')
         elif 'train' in tool:
@@ -82,11 +81,11 @@ def test_every_model_is_adapted_to_all_shots_and_nothing_is_done_twice(tmp_path,
     monkeypatch.setattr(fewshot.job.Steps, 'run', run)
     monkeypatch.setattr(fewshot.job, 'devices', dict)
     command = ['--data', data, '--base', base, '--out', out, '--models', 'gem', 'dense']
-    command = [*map(str, command), '--shots', '1', '5', 'all', '--steps', '3']
+    command = [*map(str, command), '--shots', '1', '5', 'all', '--steps', '3', '--old', 'last']
     assert fewshot.main(command) == 0
     tools = [tool for tool, _, _ in calls]
-    assert tools == ['fewshot_split', 'plan_experts', *['train', 'test'] * 6]
-    assert after(calls[0][1], '--shots') == '1' and '5' in calls[0][1] and 'all' not in calls[0][1]
+    assert tools == ['fewshot_split', 'fewshot_split', 'plan_experts', *['train', 'test'] * 6]
+    assert [after(x, '--shots') for tool, x, _ in calls if tool == 'fewshot_split'] == ['1', '5']
     trained = [(arguments, env) for tool, arguments, env in calls if tool == 'train']
     shots = [str(out / f'train_{k}shot_seed0.json') for k in '15'] + [str(data / 'bccd/train.json')]
     assert [env['SHOTS'] for _, env in trained] == [x for x in shots for _ in ('gem', 'dense')]
@@ -101,3 +100,15 @@ def test_every_model_is_adapted_to_all_shots_and_nothing_is_done_twice(tmp_path,
     calls.clear()
     assert fewshot.main(command) == 0
     assert not calls
+    # More shots cost what they are; the others are tested after each of them unless --old is last.
+    command[command.index('5')] = '2'
+    assert fewshot.main(command[:-2]) == 0
+    assert [tool for tool, _, _ in calls] == [
+        'fewshot_split',
+        *('test', 'test'),  # of the others too, after 1 shot
+        *('train', 'test', 'train', 'test'),
+    ]
+    runs = json.loads((out / 'results.json').read_text())['runs']
+    assert [(run['shots'], run['old']) for run in runs] == [
+        (k, {'cheetah': 0.4}) for k in ('1', '2', 'all')
+    ] * 2
