@@ -76,12 +76,12 @@ def config_of(kind, **model):
 
 
 def assert_same(found, expected, domain):
-    """Boxes and scores within 1e-4, classes the same by name."""
+    """Boxes (px) and scores within 1e-4, classes the same by name."""
     names = [SPACE.unified_name(domain, name) for name in DOMAINS[domain]]
     for one, other in zip(found, expected, strict=True):
         assert len(one['scores']) == len(other.scores) > 0
-        assert torch.allclose(one['scores'], other.scores, atol=1e-4)
-        assert torch.allclose(one['bboxes'], other.bboxes, atol=1e-4)
+        assert torch.allclose(one['scores'], other.scores, rtol=0, atol=1e-4)
+        assert torch.allclose(one['bboxes'], other.bboxes, rtol=0, atol=1e-4)
         unified = [SPACE.unified_id(names[i]) for i in one['labels']]
         assert unified == other.labels.tolist()
 
@@ -232,7 +232,7 @@ def test_classes_are_in_the_order_in_which_mmdet_counts_them(tmp_path):
         detect(plainly(plain, state), 'blood'), detect(model, 'blood'), strict=True
     ):
         assert [classes[i] for i in one.labels] == [SPACE.classes[i] for i in other.labels]
-        assert torch.allclose(one.scores, other.scores, atol=1e-4)
+        assert torch.allclose(one.scores, other.scores, rtol=0, atol=1e-4)
 
 
 def test_class_rows_of_a_newcomer_are_put_back_in_their_places():
