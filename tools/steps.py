@@ -218,8 +218,8 @@ def last_checkpoint(folder: Path) -> Path | None:
         path = Path((folder / 'last_checkpoint').read_text().strip())
     except OSError:
         return None
-    path = path if path.is_absolute() else ROOT / path
-    return path if path.is_file() else None
+    places = (path if path.is_absolute() else ROOT / path, folder / path.name)  # or moved since
+    return next((place for place in places if place.is_file()), None)
 
 
 def train(
