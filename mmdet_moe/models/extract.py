@@ -304,6 +304,12 @@ def _replaceable(module: nn.Module) -> bool:
     return type(module) is base or base not in (nn.Module, BaseModule)
 
 
+def _sets_domain(step: Mapping[str, Any]) -> bool:
+    """Whether a step of a pipeline only says the domain, which a plain detector does not ask."""
+    kind = step['type']
+    return (kind if isinstance(kind, str) else kind.__name__).split('.')[-1] == 'SetDomain'
+
+
 def _without_scope(cfg: Any) -> Any:
     """A config without the scope that a base called ``mmdet_moe::`` writes into each dict."""
     if isinstance(cfg, Mapping):
@@ -376,7 +382,7 @@ def _plain_config(
         dataset = data['domains'][domain]
         own = dataset.get('pipeline') or (data.get('domain_pipelines') or {}).get(domain)
         dataset.update(
-            pipeline=own or data['pipeline'],
+            pipeline=[step for step in own or data['pipeline'] if not _sets_domain(step)],
             metainfo=dict(classes=tuple(classes)),
             test_mode=True,
         )

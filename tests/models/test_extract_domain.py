@@ -225,9 +225,11 @@ def test_classes_are_in_the_order_in_which_mmdet_counts_them(tmp_path):
     specs[0]['router'] = {**specs[0]['router'], 'plan': ONE.to_dict()}
     cfg = config_of('retinanet', moe=specs)
     blood = dict(type='CocoDataset', data_root=str(tmp_path), ann_file='test.json')
-    cfg.test_dataloader = dict(dataset=dict(domains=dict(blood=blood), pipeline=[]))
+    steps = [dict(type='LoadImageFromFile'), dict(type='SetDomain', domain='blood')]
+    cfg.test_dataloader = dict(dataset=dict(domains=dict(blood=blood), pipeline=steps))
     plain, state, classes = extract_domain(cfg, model.state_dict(), 'blood')
     assert classes == plain.test_dataloader.dataset.metainfo.classes == ('dot', 'crack', 'cell')
+    assert plain.test_dataloader.dataset.pipeline == steps[:1]  # mmdet has no SetDomain
     for one, other in zip(
         detect(plainly(plain, state), 'blood'), detect(model, 'blood'), strict=True
     ):
