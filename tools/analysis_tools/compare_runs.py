@@ -334,10 +334,8 @@ def papers_tables(
         names |= {MACRO: 'Avg'} | ({'small': 'Small', 'large': 'Large'} if small else {})
         rows: dict[str, dict[str, float | None]] = {}
         if published and metric in AP50:
-            for row in json.loads(PUBLISHED.read_text())['rows']:
-                rows[f'{row["name"]} ({row["source"]})'] = {
-                    column: row['ap50'].get(key) for key, column in names.items()
-                }
+            for name, ap50 in published_rows(small).items():
+                rows[name] = {column: ap50.get(key) for key, column in names.items()}
         for run in runs:
             values = {**cells[run.name], **run.averages(metric, small)}
             rows[run.name] = {
@@ -346,6 +344,24 @@ def papers_tables(
             }
         tables[metric] = rows
     return tables
+
+
+def published_rows(small: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Name and source -> AP50 in percent of each domain, the published average, and our averages.
+
+    Args:
+        small: The small domains; averages over those of them that the row has, and over its others.
+    """
+    rows = {}
+    for row in json.loads(PUBLISHED.read_text())['rows']:
+        domains = {name: ap for name, ap in row['ap50'].items() if name != MACRO}
+        groups = {
+            'small': [ap for name, ap in domains.items() if name in small],
+            'large': [ap for name, ap in domains.items() if name not in small],
+        }
+        averages = {name: sum(aps) / len(aps) for name, aps in groups.items() if aps}
+        rows[f'{row["name"]} ({row["source"]})'] = {**row['ap50'], **averages}
+    return rows
 
 
 def papers_markdown(tables: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> str:
