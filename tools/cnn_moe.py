@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
         help='changes of all configs: train_cfg.max_epochs=2',
     )
     args = parser.parse_args(argv)
-    return job.call('cnn_moe', lambda: run(args))
+    return job.call('cnn_moe', lambda: run(args), Path(args.out).resolve())
 
 
 if __name__ == '__main__':

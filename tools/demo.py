@@ -214,7 +214,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--out', default='work_dirs/demo', help='default: work_dirs/demo')
     parser.add_argument('--seed', type=int, default=0, help='of data and training (default: 0)')
     args = parser.parse_args(argv)
-    return job.call('demo', lambda: run_demo(Path(args.out).resolve(), args.seed))
+    out = Path(args.out).resolve()
+    return job.call('demo', lambda: run_demo(out, args.seed), out)
 
 
 if __name__ == '__main__':

@@ -33,6 +33,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a clone, uninstalled
 
+from steps import StepError, claim
+
 from mmdet_moe import jobs as dg_jobs
 from mmdet_moe.jobs import Job
 
@@ -316,7 +318,12 @@ class RayTasks:
             )
         else:
             options.update(address=address)
-        ray.init(**options)
+        try:
+            ray.init(**options)
+        except Exception as error:  # Ray raises of everything
+            where = 'on this machine' if address is None else f'at {address}'
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise SweepError(f'Ray does not start {where}: {reason[0]}') from error
         if gpus is None:  # Ray hides the GPUs from whom has asked for none
             gpus = 1 if ray.cluster_resources().get('GPU') else 0
         root = str(ROOT)
@@ -477,11 +484,12 @@ def run(args: argparse.Namespace) -> int:
             print(f'{"done" if job.name in done else "to do"}  {job.name}')
         return 0
     if len(done_of(jobs)) < len(jobs):
-        backend = make_backend(args)
-        try:
-            failed = run_jobs(jobs, backend, args.no_checkpoints)
-        finally:
-            backend.stop()
+        with claim(Path(args.out).resolve()):
+            backend = make_backend(args)
+            try:
+                failed = run_jobs(jobs, backend, args.no_checkpoints)
+            finally:
+                backend.stop()
     else:
         failed = {}
     print(f'\n{tabulate(plan, args)}\nruns  {Path(args.out).resolve()}')
@@ -589,7 +597,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return run(args)
-    except (SweepError, ValueError) as error:
+    except (SweepError, StepError, ValueError) as error:
         print(f'dg_sweep: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -244,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
             args.others,
             args.old,
         ),
+        out,
     )
 
 

@@ -224,7 +224,9 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(args.out or f'work_dirs/mini_uodb/{args.suite}{without}-seed{args.seed}').resolve()
     data = Path(os.path.expanduser(args.data)).resolve()
     return job.call(
-        'mini_uodb', lambda: run(data, out, args.seed, args.suite, models, budget, args.hold_out)
+        'mini_uodb',
+        lambda: run(data, out, args.seed, args.suite, models, budget, args.hold_out),
+        out,
     )
 
 

@@ -322,17 +322,44 @@ def threads() -> str:
     return os.environ.get('OMP_NUM_THREADS', str(os.cpu_count() or 1))
 
 
-def call(name: str, job: Callable[[], int]) -> int:
-    """Run a job; its exit code, with one clear line where it fails or is interrupted."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+@contextmanager
+def claim(out: Path) -> Iterator[None]:
+    """Hold the folder of a job, made if need be, against other processes.
+
+    Raises:
+        StepError: One of them holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / '.lock', timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StepError(f'another job is at work in {out}: wait for it, or choose --out') from None
+    except NotImplementedError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def call(name: str, job: Callable[[], int], out: Path) -> int:
+    """Run a job in the folder ``out``; its exit code, with one clear line where it fails."""
+    # Put back in the end: processes forked later, in tests, would not die of a SIGTERM otherwise.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     start = time.monotonic()
     try:
-        code = job()
+        with claim(out):
+            code = job()
     except StepError as error:
         print(f'{name}: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f'\n{name}: interrupted; the same command goes on from here', file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f'{name}: {time.monotonic() - start:.0f} s')
     return code

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,35 @@ def test_a_step_is_done_once_and_again_when_something_before_it_changed(tmp_path
     assert go('b', first='other') == ['one', 'two']
     (tmp_path / 'two').unlink()
     assert go('b', first='other') == ['two']
+
+
+def test_steps_of_a_branch_make_no_later_step_run_again(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def go(branch: str) -> list[str]:
+        ran.clear()
+        steps = job.Steps(tmp_path, 'a', {})
+        for name in ('one', 'two', 'three'):
+            act = partial(lambda name, _: ran.append(name), name)
+            if name == 'two':
+                with steps.branch():
+                    steps.step(name, name, act, branch, [])
+            else:
+                steps.step(name, name, act, '', [])
+        return list(ran)
+
+    assert go('a') == ['one', 'two', 'three']
+    assert go('b') == ['two']
+
+
+def test_two_jobs_in_one_folder_are_refused_until_the_first_ends(tmp_path: Path, capsys) -> None:
+    def inner() -> int:
+        return job.call('second', lambda: 0, tmp_path)
+
+    assert job.call('first', inner, tmp_path) == 1
+    assert f'second: another job is at work in {tmp_path}: wait for it' in capsys.readouterr().err
+    assert inner() == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before
 
 
 def test_a_step_knows_that_it_was_begun_and_broke_off(tmp_path: Path) -> None:

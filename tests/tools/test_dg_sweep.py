@@ -25,6 +25,7 @@ import mmdet_moe.jobs.preload  # noqa: F401
 from mmdet_moe.jobs import job as dg_job
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / 'tools'))  # tools import their neighbours by bare name
 
 
 def _load(name: str):
