@@ -30,7 +30,7 @@ from mini_uodb import Budget
 sys.path.insert(0, str(job.ROOT))  # to run from a clone, uninstalled
 sys.path.insert(0, str(job.ROOT / 'tools/analysis_tools'))
 
-from compare_runs import AVERAGES
+from compare_runs import AVERAGES, markdown_table
 from fewshot_split import OTHERS, split_path
 
 from mmdet_moe.planning.checks import write_atomically
@@ -183,7 +183,8 @@ def report(
                 change = {d: found.old[d] - ap for d, ap in before[name].items()}
                 worst = min(change, key=lambda d: change[d])
                 row += [f'{100 * found.mean_old:.1f}', f'{100 * (found.mean_old - mean):+.1f}']
-                row.append(f'{worst} {100 * change[worst]:+.1f}')
+                moved = any(change.values())
+                row.append(f'{worst} {100 * change[worst]:+.1f}' if moved else 'none moved')
             rows.append(row)
             content.append(
                 dict(
@@ -195,8 +196,7 @@ def report(
                 )
             )
     print(text_table(head, rows))
-    lines = [f'| {" | ".join(row)} |' for row in (head, ['---'] * len(head), *rows)]
-    write_atomically(out / 'results.md', '\n'.join(lines) + '\n')
+    write_atomically(out / 'results.md', '\n'.join(markdown_table(head, rows)) + '\n')
     job.write_json(out / 'results.json', dict(newcomer=NEWCOMER, metric=METRIC, runs=content))
     draw_shots(runs, before, NEWCOMER, out / 'shots.png')
     print(f'table  {out / "results.md"}\ncurves {out / "shots.png"}')

@@ -32,14 +32,16 @@ def test_table_has_the_newcomer_and_what_became_of_the_others(tmp_path, capsys):
         'gem': {
             '1': Adapted(0.1, {}),  # the others are tested after the last number of shots
             '5': Adapted(0.25, {'cheetah': 0.4, 'hituav': 0.1}),
+            '10': Adapted(0.3, {'cheetah': 0.4, 'hituav': 0.2}),
         }
     }
     fewshot.report(tmp_path, runs, before)
     lines = (tmp_path / 'results.md').read_text().splitlines()
     # The mean of 40 and 20 is 30, of 40 and 10 it is 25; hituav lost 10.
-    assert lines[2:] == [
-        '| gem | 1 | 10.0 | 30.0 |  |  |  |',
-        '| gem | 5 | 25.0 | 30.0 | 25.0 | -5.0 | hituav -10.0 |',
+    assert [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines[2:]] == [
+        ['gem', '1', '10.0', '30.0', '', '', ''],
+        ['gem', '5', '25.0', '30.0', '25.0', '-5.0', 'hituav -10.0'],
+        ['gem', '10', '30.0', '30.0', '30.0', '+0.0', 'none moved'],
     ]
     content = json.loads((tmp_path / 'results.json').read_text())
     assert content['newcomer'] == 'bccd' and content['runs'][1]['old']['hituav'] == 0.1
