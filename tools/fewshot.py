@@ -39,7 +39,8 @@ from mmdet_moe.visualization.shot_figure import ALL, Adapted, draw_shots
 
 #: What the configs hold out.
 NEWCOMER = 'bccd'
-MODELS = {'retinanet': ('gem', 'damex', 'dense'), 'dino': ('gem',)}
+DETECTORS = ('retinanet', 'dino')
+MODELS = ('gem', 'damex', 'dense')
 CONFIG = 'configs/fewshot/{}-{}_effnet-lite0_mini-uodb-bccd.py'
 METRIC = 'coco/bbox_mAP'
 
@@ -208,8 +209,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument('--data', required=True, help='the folder mini_uodb')
     parser.add_argument('--base', required=True, help='the run that held the newcomer out')
-    parser.add_argument('--detector', choices=list(MODELS), default='retinanet')
-    parser.add_argument('--models', nargs='+', help='default: all that the detector has')
+    parser.add_argument('--detector', choices=DETECTORS, default='retinanet')
+    parser.add_argument('--models', nargs='+', choices=MODELS, default=MODELS, help='default: all')
     parser.add_argument('--shots', nargs='+', default=['1', '5', '10'], help='default: 1 5 10')
     parser.add_argument('--steps', type=int, default=60, help='of each adaptation (default: 60)')
     parser.add_argument('--size', type=int, default=Budget().size, help="as the base run's, px")
@@ -218,10 +219,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--old', choices=('last', 'each'), default='each', help='see above')
     parser.add_argument('--out', help='default: work_dirs/fewshot/<detector>-seed<N>')
     args = parser.parse_args(argv)
-    models = args.models or list(MODELS[args.detector])
-    unknown = [name for name in models if name not in MODELS[args.detector]]
-    if unknown:
-        parser.error(f'{args.detector} has no {unknown[0]!r}; it has {MODELS[args.detector]}')
     bad = [k for k in args.shots if k != ALL and not (k.isdigit() and int(k) > 0)]
     if bad:
         parser.error(f'--shots must be numbers of 1 or more, or {ALL}, got {bad[0]!r}')
@@ -237,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
             base,
             out,
             args.detector,
-            models,
+            args.models,
             args.shots,
             budget,
             args.seed,

@@ -1,25 +1,18 @@
 # As the GEM config, for DAMEX: the router chooses the expert, so it has to learn too, and with it
 # the experts that it sends newcomers to at first. Everything outside of MoE layers is frozen.
-_base_ = '../routers/damex-retinanet_effnet-lite0_mini-uodb.py'
-shots = '{{$SHOTS:work_dirs/fewshot/train_10shot_seed0.json}}'
+_base_ = './gem-retinanet_effnet-lite0_mini-uodb-bccd.py'
 load_from = (
     '{{$BASE_CHECKPOINT:work_dirs/mini_uodb/retinanet-without-bccd-seed0/damex/iter_500.pth}}'
 )
-previous = '{{$BASE_PLAN:work_dirs/mini_uodb/retinanet-without-bccd-seed0/plan.json}}'
-planner = dict(previous=previous, held=True, expert='new')
 model = dict(
-    newcomers=['bccd'],
-    adapt=dict(domain='bccd', previous=previous, train=[r'.*\.(experts|router)\..*']),
-    # Objects beside the shots are neither object nor background (tools/fewshot_split.py).
-    train_cfg=dict(assigner=dict(ignore_iof_thr=0.5)),
+    moe=[
+        {
+            **_base_.model.moe[0],
+            'router': dict(
+                type='DAMEXRouter',
+                router=dict(type='TopKRouter', kind='cosine', k=1, renormalize=True),
+            ),
+        }
+    ],
+    adapt=dict(train=[r'.*\.(experts|router)\..*']),
 )
-train_dataloader = dict(
-    dataset=dict(domains=dict(_delete_=True, bccd={**_base_.train_domains.bccd, 'ann_file': shots}))
-)
-# The experts parted long ago; the plan knows domains that are not trained.
-custom_hooks = [*_base_.custom_hooks[:2], dict(type='PlanHook', subset=True)]
-train_cfg = dict(max_iters=100, val_interval=100)
-param_scheduler = [
-    {**_base_.param_scheduler[0], 'end': 10},
-    {**_base_.param_scheduler[1], 'begin': 10, 'end': 100, 'T_max': 90},
-]
