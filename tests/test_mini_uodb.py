@@ -56,7 +56,7 @@ def test_models_of_one_domain_have_the_steps_of_one_of_the_others_together(monke
         return folder / 'iter.pth'
 
     monkeypatch.setattr(mini_uodb.job, 'train', train)
-    monkeypatch.setattr(mini_uodb.job, 'test', lambda *_: {})
+    monkeypatch.setattr(mini_uodb.job, 'test', lambda *_, **__: {})
     budget = mini_uodb.Budget(size=224, start_steps=400, steps=200)
     steps = mini_uodb.job.Steps(tmp_path, '', {})
     tests = mini_uodb.singles(steps, 'single.py', tmp_path, 0, DOMAINS, budget)

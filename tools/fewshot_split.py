@@ -63,7 +63,16 @@ def split(
         raise ValueError(f'others must be one of {", ".join(OTHERS)}, got {others!r}')
     if not shots or min(shots) < 1:
         raise ValueError(f'shots must be numbers of 1 or more, got {list(shots)}')
+    parts = ('images', 'annotations', 'categories')
+    if not isinstance(data, Mapping) or not all(part in data for part in parts):
+        raise ValueError(f'not COCO annotations, an object with {", ".join(parts)}')
     sizes = {image['id']: (image['width'], image['height']) for image in data['images']}
+    for annotation in data['annotations']:
+        if annotation['image_id'] not in sizes:
+            raise ValueError(
+                f'annotation {annotation["id"]} is of image {annotation["image_id"]}, '
+                'which is not among the images'
+            )
     orders: dict[str, list[int]] = {}
     for category in data['categories']:
         ids = [
@@ -123,7 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         subsets = split(read_json(args.source, 'COCO json'), args.shots, args.seed, args.others)
     except (ValueError, KeyError) as error:
-        print(f'fewshot_split: {args.source}: {error}', file=sys.stderr)
+        what = f'an entry has no {error}' if isinstance(error, KeyError) else error
+        print(f'fewshot_split: {args.source}: {what}', file=sys.stderr)
         return 2
     for k, subset in subsets.items():
         path = split_path(args.out, args.source, k, args.seed)

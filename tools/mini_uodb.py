@@ -13,7 +13,8 @@ with a fresh optimiser, its experts copies of the dense modules. ``--size``, ``-
 with the steps of the others) in the same way. ``--hold-out`` leaves one domain out of everything.
 
 Everything is left in ``work_dirs/mini_uodb/<suite>-seed<N>``: ``plan.json``, a folder for each
-model, its metrics in ``test-<model>/``, the table in ``results.json``, all output in ``steps.log``.
+model, its metrics in ``test-<model>/``, the table in ``results.json``, for ``retinanet`` and
+``dino`` also one in the papers' layout in ``papers.json``, all output in ``steps.log``.
 Steps whose inputs have not changed are not done again, so that several seeds, or a run that was
 interrupted, cost what is missing.
 """
@@ -29,6 +30,13 @@ from pathlib import Path
 
 import steps as job
 
+#: Suites whose tests also score where all classes compete, for the papers' table.
+DETECTORS = ('retinanet', 'dino')
+READINGS = ['--both-readings']
+PAPERS_METRICS = (
+    *('coco/bbox_mAP', 'coco/bbox_mAP_50', 'pascal_voc/mAP'),
+    *('unrestricted/coco/bbox_mAP', 'unrestricted/pascal_voc/mAP'),
+)
 #: Model -> config. The first one's planner section makes the plan; 'dense' is what all are
 #: compared with.
 GEM = 'configs/gem/{}-{}_effnet-lite0_mini-uodb.py'
@@ -41,7 +49,7 @@ SUITES = {
             'damex': DAMEX.format(detector),
             'single': GEM.format('single', detector),
         }
-        for detector in ('retinanet', 'dino')
+        for detector in DETECTORS
     },
     'gem': {
         'gem': 'configs/gem/gem-retinanet_effnet-lite0_mini-uodb.py',
@@ -156,6 +164,7 @@ def run(
         train_options = budget.train_options(budget.steps, load_from=start)
         test_options = budget.test_options()
     tests = []
+    flags = READINGS if suite in DETECTORS else []
     for name in models:
         if name == 'single':
             tests += singles(steps, configs[name], out, seed, domains, budget)
@@ -168,12 +177,15 @@ def run(
         with steps.branch():
             what = f'train {name} (seed {seed})'
             checkpoint = job.train(steps, what, config, out / name, seed, options)
-            job.test(steps, f'test {name} per domain', config, checkpoint, folder, test_options)
+            what = f'test {name} per domain'
+            job.test(steps, what, config, checkpoint, folder, test_options, flags=flags)
         tests.append(f'{name}={folder / "metrics.json"}')
-    arguments = ['tools/analysis_tools/compare_runs.py', *tests]
-    arguments += ['--baseline', 'dense'] if 'dense' in models else []
-    table = out / 'results.json'
-    steps.run(*arguments, '--out-json', str(table), show=job.everything)
+    compare = ['tools/analysis_tools/compare_runs.py', *tests]
+    arguments = [*compare, *(('--baseline', 'dense') if 'dense' in models else ())]
+    steps.run(*arguments, '--out-json', str(out / 'results.json'), show=job.everything)
+    if suite in DETECTORS:
+        arguments = [*compare, '--layout', 'papers', '--metrics', *PAPERS_METRICS]
+        steps.run(*arguments, '--out-json', str(out / 'papers.json'), show=job.everything)
     print(f'plan  {plan}\nruns  {out}')
     return 0
 
@@ -190,7 +202,8 @@ def singles(
             what, to = f'train dense {domain} (seed {seed})', out / f'single-{domain}'
             checkpoint = job.train(steps, what, config, to, seed, options, env)
             what = f'test dense {domain}'
-            job.test(steps, what, config, checkpoint, folder, budget.test_options(), env)
+            options_of_test = budget.test_options()
+            job.test(steps, what, config, checkpoint, folder, options_of_test, env, flags=READINGS)
         tests.append(f'single={folder / "metrics.json"}')
     return tests
 

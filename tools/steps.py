@@ -272,18 +272,31 @@ def test(
     options: Sequence[str] = (),
     env: dict[str, str] | None = None,
     domains: Sequence[str] = (),
+    flags: Sequence[str] = (),
 ) -> dict[str, float]:
-    """The step that tests a checkpoint; returns its metrics, ``<folder>/metrics.json`` has them."""
+    """The step that tests a checkpoint; returns its metrics, ``<folder>/metrics.json`` has them.
+
+    Args:
+        steps: The job's steps.
+        what: What the user reads.
+        config: The config file.
+        checkpoint: What to test.
+        folder: The work dir.
+        options: Changes of the config, ``KEY=VALUE``.
+        env: Environment variables for this test.
+        domains: Those to test; none: all.
+        flags: More of ``tools/test.py``, such as ``--both-readings``.
+    """
     result = folder / 'metrics.json'
 
     def action(_: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         arguments = ['tools/test.py', config, str(checkpoint), '--work-dir', str(folder)]
-        arguments += ['--domains', *domains] if domains else []
+        arguments += [*flags, '--domains', *domains] if domains else [*flags]
         arguments += ['--cfg-options', *options] if options else []
         steps.run(*arguments, '--out-json', str(result), show=progress, env=env)
 
-    inputs = f'{config} {[*options]} {[*(env or {}).items()]} {[*domains]}'
+    inputs = f'{config} {[*options]} {[*(env or {}).items()]} {[*domains, *flags]}'
     steps.step(f'test {folder.name}', what, action, inputs, [result])
     return json.loads(result.read_text())['metrics']
 

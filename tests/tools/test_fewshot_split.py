@@ -104,3 +104,13 @@ def test_command_writes_a_file_for_each_k_and_says_what_is_wrong(tmp_path):
     assert failed.returncode == 2 and "'cell' has 16" not in failed.stderr
     assert "class 'dot' has 4 objects" in failed.stderr and len(failed.stderr.splitlines()) == 1
     assert not (tmp_path / 'more').exists()
+
+
+def test_what_is_not_a_coco_dataset_is_refused():
+    with pytest.raises(ValueError, match='not COCO annotations, an object with images'):
+        split([], [1])
+    data = coco()
+    data['annotations'][0]['image_id'] = 77
+    number = data['annotations'][0]['id']
+    with pytest.raises(ValueError, match=f'annotation {number} is of image 77, which is not'):
+        split(data, [1])

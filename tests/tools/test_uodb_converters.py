@@ -189,6 +189,7 @@ def make_coco(src: Path) -> list:
             annotation(1001, 42, 18, [10.5, 5, 20, 10], area=77.25),
             annotation(900100, 42, 1, [0, 0, 50, 40], iscrowd=1, area=812.0),
             annotation(1002, 73, 90, [1, 2, 3, 4]),
+            annotation(1003, 73, 90, [1, 2, 20, 5], area=0.0),
         ],
         'categories': [
             {'id': 1, 'name': 'person'},
@@ -214,6 +215,8 @@ def make_dota(src: Path) -> list:
         '1 1 3 1 3 3 1 3 container-crane 0',
         '80 50 80 50 80 50 80 50 plane 0',  # a point, in the second tile
         '120 10 130 10 130 20 120 20 ship 0',  # right of the image
+        '45 -5 53 -5 53 30 45 30 bridge 0',  # 5 px above it, in both tiles
+        '45 50 53 50 53 50.4 45 50.4 bridge 0',  # 0.4 px high, in both tiles
     ]
     write(src / 'train/labelTxt/P0000.txt', head + '\n'.join(lines) + '\n')
     picture(src / 'train/images/P0000.png', 100, 60)
@@ -434,6 +437,7 @@ def test_coco_minival_is_val2017_and_crowds_and_areas_stay(made):
         '000000000074.jpg': [],
     }
     assert boxes(out, 'coco', 'test') == {'000000000073.jpg': [('toothbrush', [1, 2, 3, 4], 0)]}
+    assert changed(out, 'coco', 'test') == {'left out: its mask has no area': 1}
     content = load(out, 'coco', 'train')
     assert [image['id'] for image in content['images']] == [42, 74]  # COCO's own
     assert [a['area'] for a in content['annotations']] == [77.25, 812.0]  # masks, not boxes
@@ -449,13 +453,20 @@ def test_dota_boxes_are_upright_and_cut_by_tiles(made):
             ('plane', [10, 5, 25, 20], 0),
             ('ship', [40, 40, 20, 10], 1),
             ('harbor', [50, 10, 14, 10], 0),  # 50 to 64 of 50 to 70: 14 / 20 = 0.7 is enough
+            ('bridge', [45, 0, 8, 30], 0),
         ],
-        'P0000_36_0.png': [('ship', [4, 40, 20, 10], 1), ('harbor', [14, 10, 20, 10], 0)],
+        'P0000_36_0.png': [
+            ('ship', [4, 40, 20, 10], 1),
+            ('harbor', [14, 10, 20, 10], 0),
+            ('bridge', [9, 0, 8, 30], 0),
+        ],
     }
-    assert changed(out, 'dota', 'train') == {
+    assert changed(out, 'dota', 'train') == {  # objects, however many tiles they are in
+        'clipped': 1,
         "left out: no class 'container-crane'": 1,
         'left out: empty': 1,
         'left out: outside the image': 1,
+        'left out: smaller than 1 px': 1,
     }
     assert boxes(out, 'dota', 'test') == {'P0003_0_0.png': []}
     tile = np.asarray(Image.open(out / 'dota/train/P0000_36_0.png'))
@@ -645,7 +656,7 @@ def test_an_incomplete_archive_is_refused_and_what_is_missing_named(tmp_path, ca
     complete(monkeypatch)
     (src / 'training/image_2/000002.png').unlink()
     assert run('kitti', src, tmp_path) == 2
-    assert '1 image files are missing' in capsys.readouterr().err
+    assert '1 files are missing' in capsys.readouterr().err
     picture(src / 'training/image_2/000002.png', 100, 32)
     assert run('kitti', src, tmp_path) == 0
     report = capsys.readouterr().out
@@ -794,8 +805,50 @@ def test_without_lists_the_split_is_seeded_and_a_file_overrules_it(tmp_path, cap
     assert list(boxes(out, 'kitti', 'test')) == ['000000.png']
     for text, words in (('000009\n', 'have no annotation'), ('000001\n', 'in both lists')):
         write(test, text)
-        assert run('kitti', src, tmp_path / 'x', '--partial', '--split-file', train, test) == 2
+        assert run('kitti', src, tmp_path / 'x', '--split-file', train, test) == 2
         assert words in capsys.readouterr().err
+    # What is not there is left out with --partial.
+    write(test, '000009\n000002\n')
+    assert run('kitti', src, tmp_path / 'x', '--partial', '--split-file', train, test) == 0
+    assert list(boxes(tmp_path / 'x', 'kitti', 'test')) == ['000002.png']
+
+
+def test_a_random_split_is_not_done_again_on_more_images(tmp_path, capsys):
+    """Images would change sides, and stay in both folders."""
+    src = tmp_path / 'owner'
+    make_kitti(src)
+    (src / 'ImageSets/val.txt').unlink()
+    assert run('kitti', src, tmp_path, '--partial') == 0
+    write(src / 'training/label_2/000003.txt', '')
+    assert run('kitti', src, tmp_path, '--partial') == 2
+    assert 'was made with other options (split): give --overwrite' in capsys.readouterr().err
+    assert run('kitti', src, tmp_path, '--partial', '--overwrite') == 0
+    assert convert.main(['kitti', '--out', str(tmp_path), '--check']) == 1
+    assert 'do not belong here' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('domain', ['voc', 'comic'])
+def test_an_annotation_that_is_missing_is_named_before_anything_is_written(
+    domain, tmp_path, capsys
+):
+    src = tmp_path / 'owner'
+    MINIATURES[domain](src)
+    xml_file = next(src.rglob('Annotations/*1.xml'))
+    xml_file.unlink()
+    assert run(domain, src, tmp_path) == 2
+    assert f'1 files are missing: {xml_file}' in capsys.readouterr().err
+    assert not (tmp_path / domain).exists()
+    assert run(domain, src, tmp_path, '--partial') == 0
+    names = [name for split in ('train', 'test') for name in boxes(tmp_path, domain, split)]
+    assert names and f'{xml_file.stem}.jpg' not in names
+
+
+def test_a_slice_that_cannot_be_read_is_named(tmp_path, capsys):
+    make_deeplesion(tmp_path / 'owner')
+    path = tmp_path / 'owner/Images_png/000002_01_01/012.png'
+    path.write_bytes(path.read_bytes()[:45])
+    assert run('deeplesion', tmp_path / 'owner', tmp_path, '--partial') == 2
+    assert f'{path} is not a readable image' in capsys.readouterr().err
 
 
 def _edit(change: Callable[[dict], None]) -> Callable[[Path], None]:

@@ -334,8 +334,12 @@ def papers_tables(
         names |= {MACRO: 'Avg'} | ({'small': 'Small', 'large': 'Large'} if small else {})
         rows: dict[str, dict[str, float | None]] = {}
         if published and metric in AP50:
+            whole = set(domains) == set(PAPERS)  # other domains' averages are nothing beside theirs
             for name, ap50 in published_rows(small).items():
-                rows[name] = {column: ap50.get(key) for key, column in names.items()}
+                rows[name] = {
+                    column: ap50.get(key) if whole or key not in AVERAGES else None
+                    for key, column in names.items()
+                }
         for run in runs:
             values = {**cells[run.name], **run.averages(metric, small)}
             rows[run.name] = {

@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.get('custom_imports'):
         import_modules_from_strings(**cfg.custom_imports)
     init_default_scope(cfg.get('default_scope', 'mmdet_moe'))
-    checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu')
     try:
+        checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu')
         plain, state, classes = extract_domain(cfg, checkpoint_weights(checkpoint), args.domain)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f'extract_domain: {error}', file=sys.stderr)
         return 2
     weights, config = args.out / f'{args.domain}.pth', args.out / f'{args.domain}.py'

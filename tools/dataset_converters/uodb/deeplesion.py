@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from uodb.layout import Box, Converter, Item, Picture, Reading, find
 
@@ -89,8 +89,11 @@ def window_slice(pixels: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 
 
 def _load(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        pixels = np.asarray(image)
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image)
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f'{path} is not a readable image: {error}') from None
     if pixels.ndim != 2 or pixels.dtype.itemsize < 2:
         raise ValueError(f'{path} is not a PNG of 16 bits')
     return pixels

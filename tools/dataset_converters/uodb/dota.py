@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -15,15 +17,14 @@ from uodb.layout import (
     Item,
     Picture,
     Reading,
-    clean_box,
     find,
+    fit,
+    label_space,
     read_header,
     read_lines,
 )
 
 SIZES = {'train': 1411, 'test': 458}
-#: Reasons of :func:`clean_box` for which a box is in no tile.
-NOWHERE = ('not a number', 'empty', 'outside the image')
 
 
 def read(args: argparse.Namespace) -> Reading:
@@ -83,10 +84,10 @@ def cut_boxes(boxes: list[Box], tile: tuple[int, int, int, int], min_share: floa
     """The boxes of one tile, in its coordinates.
 
     One of which less than ``min_share`` of the area is in the tile is ignored there: it is too
-    little to ask for, but finding it is no mistake.
+    little to ask for, but finding it is no mistake. Slivers of less than 1 px are left out.
 
     Args:
-        boxes: Of the whole image.
+        boxes: Of the whole image, and within it.
         tile: Left, top, right, bottom.
         min_share: Between 0 and 1.
     """
@@ -97,7 +98,7 @@ def cut_boxes(boxes: list[Box], tile: tuple[int, int, int, int], min_share: floa
         area = (x2 - x1) * (y2 - y1)
         part = (max(x1, left), max(y1, top), min(x2, right), min(y2, bottom))
         width, height = part[2] - part[0], part[3] - part[1]
-        if width <= 0 or height <= 0:
+        if width < 1 or height < 1:
             continue
         share = round(width * height / area, 3)
         xyxy = (part[0] - left, part[1] - top, part[2] - left, part[3] - top)
@@ -117,19 +118,26 @@ def _crop(path: Path, place: tuple[int, int, int, int]) -> Image.Image:
 
 def _pictures(item: Item, tile: int, overlap: int, min_share: float) -> Iterator[Picture]:
     width, height = read_header(item.source).size
-    boxes = parse_label(item.data)
-    # What no tile can show goes to the first one, where it is counted and left out.
-    nowhere = [box for box in boxes if clean_box(box.xyxy, width, height)[1] in NOWHERE]
-    boxes = [box for box in boxes if box not in nowhere]
+    # An object is clipped to the image or left out, and counted, once; then come the tiles.
+    boxes = []
+    changed: Counter[str] = Counter()
+    for box in parse_label(item.data):
+        bbox, reason = fit(box, width, height, label_space()['dota'])
+        if reason is not None:
+            changed[reason] += 1
+        if bbox is not None:
+            x, y, w, h = bbox
+            boxes.append(replace(box, xyxy=(x, y, x + w, y + h)))
     for top in starts(height, tile, overlap):
         for left in starts(width, tile, overlap):
             place = (left, top, min(left + tile, width), min(top + tile, height))
             yield Picture(
                 f'{item.key}_{left}_{top}.png',
-                cut_boxes(boxes, place, min_share) + nowhere,
+                cut_boxes(boxes, place, min_share),
                 pixels=partial(_crop, item.source, place),
+                changed=changed,
             )
-            nowhere = []
+            changed = Counter()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,13 +26,14 @@ def read(args: argparse.Namespace) -> Reading:
         for xml in xmls:
             name = f'{scene.name}/{xml.stem}'
             image = scene / f'Images/{xml.stem}.png'
-            items.append(Item(name, image, (xml, f'{name}.png')))
+            items.append(Item(name, image, f'{name}.png', xml))
     test = {f'gmu_scene_{number:03d}' for number in args.test_scenes}
     unknown = sorted(test - {scene.name for scene in scenes})
     if unknown and not args.split_file:
         raise ValueError(f'--test-scenes: {args.src} has no {", ".join(unknown)}')
     if args.split_file:
-        splits, rule = split_items(args, items, lambda item: item.key, 0)
+        splits, rule, unknown = split_items(args, items, lambda item: item.key, 0)
+        problems += unknown
     else:
         splits = {'train': [], 'test': []}
         for item in items:

@@ -37,7 +37,7 @@ def read(args: argparse.Namespace) -> Reading:
         raise ValueError(f'{labels} has no label files')
     notes = []
     lists = [labels.parent.parent / f'ImageSets/{name}.txt' for name in ('train', 'val')]
-    splits, rule = split_items(
+    splits, rule, problems = split_items(
         args,
         items,
         lambda item: item.key,
@@ -49,7 +49,7 @@ def read(args: argparse.Namespace) -> Reading:
             'there is no ImageSets/{train,val}.txt, so the split is random: frames of one drive '
             'come into both halves, and scores will be too high'
         )
-    return Reading(splits, _pictures, SIZES, rule, folders=[images], notes=notes)
+    return Reading(splits, _pictures, SIZES, rule, folders=[images], problems=problems, notes=notes)
 
 
 def _pictures(item: Item) -> Iterator[Picture]:

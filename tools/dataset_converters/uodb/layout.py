@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -80,6 +80,7 @@ class Picture:
         source: The owner's file, placed as it is.
         pixels: Or what makes the picture; called only where it is not there yet.
         id: Its id in the json; None: the next number.
+        changed: What was wrong with boxes before they came here -> how many.
     """
 
     file_name: str
@@ -87,6 +88,7 @@ class Picture:
     source: Path | None = None
     pixels: Callable[[], Image.Image] | None = None
     id: int | None = None
+    changed: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -97,11 +99,18 @@ class Item:
         key: Its name, as in the owner's lists and in ``--split-file``.
         source: Its file.
         data: What the converter needs to know about it.
+        annotation: The file with its boxes, where every image has its own.
     """
 
     key: str
     source: Path
     data: Any = None
+    annotation: Path | None = None
+
+    def missing(self) -> list[Path]:
+        """Those of its files that are not there."""
+        files = [self.source] + ([] if self.annotation is None else [self.annotation])
+        return [path for path in files if not path.is_file()]
 
 
 @dataclass
@@ -178,18 +187,18 @@ def split_items(
     group: Callable[[Item], str],
     test_share: float,
     lists: Sequence[Path] | None = None,
-) -> tuple[dict[str, list[Item]], str]:
+) -> tuple[dict[str, list[Item]], str, list[str]]:
     """Split by ``--split-file``, by ``lists`` that came with the archive, or else by ``--seed``.
 
     Returns:
-        The splits, and the rule in words.
+        The splits, the rule in words, and what the lists name but ``items`` lack.
     """
     lists = args.split_file or lists
     if lists is None:
         splits = split_by_seed(items, group, test_share, args.seed)
-        return splits, f'random, seed {args.seed}'
-    splits = split_by_lists(items, dict(zip(SPLITS, lists, strict=True)))
-    return splits, f'the lists with sha256 {digest(*lists)}'
+        return splits, f'random, seed {args.seed}, of {len(items)} images', []
+    splits, problems = split_by_lists(items, dict(zip(SPLITS, lists, strict=True)))
+    return splits, f'the lists with sha256 {digest(*lists)}', problems
 
 
 def digest(*paths: Path) -> str:
@@ -198,18 +207,24 @@ def digest(*paths: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def split_by_lists(items: Sequence[Item], lists: Mapping[str, Path]) -> dict[str, list[Item]]:
+def split_by_lists(
+    items: Sequence[Item], lists: Mapping[str, Path]
+) -> tuple[dict[str, list[Item]], list[str]]:
     """Split by text files with one name a line, in their order.
 
+    Returns:
+        The splits, and a line for each list with names that are not among ``items``.
+
     Raises:
-        ValueError: A name is not among ``items``, or is in both lists.
+        ValueError: A name is in both lists, or twice in one.
     """
     by_key = {item.key: item for item in items}
     keys = {split: read_lines(path) for split, path in lists.items()}
+    problems = []
     for split, names in keys.items():
         unknown = [name for name in names if name not in by_key]
         if unknown:
-            raise ValueError(
+            problems.append(
                 f'{lists[split]}: {len(unknown)} names have no annotation: {short(unknown, 3)}'
             )
         if len(set(names)) < len(names):
@@ -218,7 +233,10 @@ def split_by_lists(items: Sequence[Item], lists: Mapping[str, Path]) -> dict[str
     both = sorted(set(keys['train']) & set(keys['test']))
     if both:
         raise ValueError(f'{len(both)} names are in both lists: {short(both, 3)}')
-    return {split: [by_key[name] for name in names] for split, names in keys.items()}
+    splits = {
+        split: [by_key[name] for name in names if name in by_key] for split, names in keys.items()
+    }
+    return splits, problems
 
 
 def split_by_seed(
@@ -284,6 +302,28 @@ def clean_box(
     return box, 'clipped' if clipped else None
 
 
+def fit(box: Box, width: int, height: int, classes: Container[str]) -> tuple[Any, str | None]:
+    """:func:`clean_box` of a box of ours.
+
+    Args:
+        box: The box.
+        width: Of its image, px.
+        height: Of its image, px.
+        classes: Those of the domain.
+
+    Returns:
+        ``[x, y, w, h]`` or None, and what to count: ``clipped``, ``left out: ...``.
+    """
+    if box.name not in classes:
+        return None, f'left out: no class {box.name!r}'
+    bbox, reason = clean_box(box.xyxy, width, height)
+    if bbox is None:
+        return None, f'left out: {reason}'
+    if not box.extra.get('area', 1) > 0:  # mmdet's CocoDataset drops it without a word
+        return None, 'left out: its mask has no area'
+    return bbox, reason
+
+
 @dataclass(frozen=True)
 class Header:
     """What an image file says of itself.
@@ -305,7 +345,9 @@ def read_header(path: Path) -> Header:
     """
     try:
         with Image.open(path) as image:
-            return Header(image.size, image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
+            # Of a PNG, PIL would decode all pixels to see whether EXIF data come after them.
+            exif = image.getexif() if image.format != 'PNG' or 'exif' in image.info else {}
+            return Header(image.size, exif.get(ExifTags.Base.Orientation, 1) != 1)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f'{path} is not a readable image: {error}') from None
 
@@ -359,9 +401,9 @@ def check_reading(reading: Reading) -> list[str]:
                 f'{split}: {counts[split]} images, the benchmark has {expected} ({word})'
             )
     for split, items in reading.splits.items():
-        missing = [str(item.source) for item in items if not item.source.is_file()]
+        missing = [str(path) for item in items for path in item.missing()]
         if missing:
-            problems.append(f'{split}: {len(missing)} image files are missing: {short(missing, 3)}')
+            problems.append(f'{split}: {len(missing)} files are missing: {short(missing, 3)}')
     return problems
 
 
@@ -430,7 +472,7 @@ def write_domain(
     manifest = {'domain': domain, 'options': options}
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2) + '\n')
     for split in SPLITS:
-        items = [item for item in reading.splits[split] if item.source.is_file()]
+        items = [item for item in reading.splits[split] if not item.missing()]
         images: list[dict] = []
         annotations: list[dict] = []
         changed: Counter[str] = Counter()
@@ -454,13 +496,11 @@ def write_domain(
                             'height': height,
                         }
                     )
+                    changed.update(picture.changed)
                     for box in picture.boxes:
-                        if box.name not in ids:
-                            changed[f'left out: no class {box.name!r}'] += 1
-                            continue
-                        bbox, reason = clean_box(box.xyxy, width, height)
+                        bbox, reason = fit(box, width, height, ids)
                         if reason is not None:
-                            changed[reason if bbox else f'left out: {reason}'] += 1
+                            changed[reason] += 1
                         if bbox is not None:
                             annotations.append(
                                 {

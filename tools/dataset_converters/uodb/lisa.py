@@ -69,8 +69,7 @@ def read(args: argparse.Namespace) -> Reading:
         tracks.setdefault(name, f'{row["Origin file"]}/{row["Origin track"]}')
         rows += 1
     items = [Item(name, args.src / name, boxes) for name, boxes in sorted(frames.items())]
-    splits, rule = split_items(args, items, lambda item: tracks[item.key], TEST_SHARE)
-    problems = []
+    splits, rule, problems = split_items(args, items, lambda item: tracks[item.key], TEST_SHARE)
     if rows != ANNOTATIONS:
         problems.append(f'{table} has {rows} annotations, the dataset has {ANNOTATIONS}')
     folders = {item.source.parent for item in items}

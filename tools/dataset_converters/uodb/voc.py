@@ -64,11 +64,9 @@ class VOCReader(VOCDataset):
 
 
 def xml_pictures(reader: VOCReader, item: Item) -> Iterator[Picture]:
-    """``item.data``: the xml file and the image's name in the result."""
-    xml, name = item.data
-    if not xml.is_file():
-        raise ValueError(f'{xml} is missing')
-    yield Picture(name, reader.boxes(xml, item.source), item.source)
+    """``item.data``: the image's name in the result."""
+    assert item.annotation is not None, 'listed with its xml'
+    yield Picture(item.data, reader.boxes(item.annotation, item.source), item.source)
 
 
 def listed(root: Path, subset: str) -> list[Item]:
@@ -77,7 +75,8 @@ def listed(root: Path, subset: str) -> list[Item]:
         Item(
             f'{root.name}/{name}',
             root / f'JPEGImages/{name}.jpg',
-            (root / f'Annotations/{name}.xml', f'{name}.jpg'),
+            f'{name}.jpg',
+            root / f'Annotations/{name}.xml',
         )
         for name in read_lines(root / f'ImageSets/Main/{subset}.txt')
     ]
