@@ -56,13 +56,15 @@ def test_models_of_one_domain_have_the_steps_of_one_of_the_others_together(monke
         return folder / 'iter.pth'
 
     monkeypatch.setattr(mini_uodb.job, 'train', train)
-    monkeypatch.setattr(mini_uodb.job, 'test', lambda *_, **__: {})
+    flags = []
+    monkeypatch.setattr(mini_uodb.job, 'test', lambda *_, **more: flags.append(more['flags']))
     budget = mini_uodb.Budget(size=224, start_steps=400, steps=200)
     steps = mini_uodb.job.Steps(tmp_path, '', {})
     tests = mini_uodb.singles(steps, 'single.py', tmp_path, 0, DOMAINS, budget)
     # (400 + 200) / 5 steps each.
     assert [domain for domain, _ in trained] == list(DOMAINS)
     assert all('train_cfg.max_iters=120' in options for _, options in trained)
+    assert flags == [['--both-readings']] * 5
     assert tests[0] == f'single={tmp_path}/test-single-bccd/metrics.json'
 
 

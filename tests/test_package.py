@@ -222,7 +222,15 @@ def test_pinned_packages_satisfy_the_loose_ranges() -> None:
 )
 def test_links_between_pages_and_to_code_lead_somewhere(page: str) -> None:
     path = ROOT / page
-    links = re.findall(r'\]\(([^)#\s]+)[^)]*\)', path.read_text())
-    for link in links:
-        if '://' not in link:
-            assert (path.parent / link).exists(), f'{page} links to {link}'
+    links = re.findall(r'\]\(([^)#\s]*)(#[^)\s]+)?[^)]*\)', path.read_text())
+    for link, anchor in links:
+        if '://' in link:
+            continue
+        target = path.parent / link if link else path
+        assert target.exists(), f'{page} links to {link}'
+        if anchor and target.suffix == '.md':
+            text = re.sub(r'\]\([^)]*\)', ']', target.read_text())  # titles may hold links
+            titles = re.findall(r'^#+ (.*)$', text, flags=re.M)
+            # GitHub's anchors: lower case, without punctuation, hyphens for spaces.
+            anchors = {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles}
+            assert anchor[1:] in anchors, f'{page} links to {link}{anchor}'

@@ -320,7 +320,7 @@ class RayTasks:
             options.update(address=address)
         try:
             ray.init(**options)
-        except Exception as error:  # Ray raises of everything
+        except Exception as error:  # Ray raises errors of many kinds
             where = 'on this machine' if address is None else f'at {address}'
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise SweepError(f'Ray does not start {where}: {reason[0]}') from error

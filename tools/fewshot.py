@@ -18,6 +18,7 @@ in ``steps.log``. Steps whose inputs have not changed are not done again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -67,9 +68,9 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     env = {'MINI_UODB': f'{data}/', 'BASE_PLAN': str(plan), 'OMP_NUM_THREADS': job.threads()}
     env |= job.devices()
-    files = [f'{path} {path.stat().st_mtime_ns}' for path in checkpoints.values()]
+    images = hashlib.sha256(source.read_bytes()).hexdigest()
     inputs = (
-        f'{job.source_digest()} {sys.version_info[:2]} {data} {files} {seed} {others} {detector}'
+        f'{job.source_digest()} {sys.version_info[:2]} {data} {images} {seed} {others} {detector}'
     )
     job_steps = job.Steps(out, f'{inputs} {plan.read_text()}', env)
 
@@ -84,7 +85,7 @@ def run(
             config, folder = CONFIG.format(name, detector), out / f'{name}-{k}'
             env = {**own, 'BASE_CHECKPOINT': str(checkpoints[name])}
             options = budget.train_options(budget.steps)
-            with job_steps.branch():
+            with job_steps.branch(f'{checkpoints[name]} {checkpoints[name].stat().st_mtime_ns}'):
                 what = f'adapt {name} to {k} shots'
                 checkpoint = job.train(job_steps, what, config, folder, seed, options, env)
                 what = f'test {name} after {k} shots'

@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         subsets = split(read_json(args.source, 'COCO json'), args.shots, args.seed, args.others)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         what = f'an entry has no {error}' if isinstance(error, KeyError) else error
         print(f'fewshot_split: {args.source}: {what}', file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""What the end-to-end jobs (``demo.py``, ``mini_uodb.py``) share: steps that are not done twice.
+"""What jobs of many steps (``demo.py``, ``mini_uodb.py``, ...) share: steps not done twice.
 
 Each step is one command of this repository, printed before it runs, with its full output in a log.
 A step whose inputs have not changed since it was last done is skipped; an interrupted training goes
@@ -7,6 +7,7 @@ on from its checkpoint.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -64,9 +65,12 @@ class Steps:
             self.done = {}
 
     @contextmanager
-    def branch(self) -> Iterator[None]:
-        """Steps within depend on those before the branch; those after it do not depend on them."""
+    def branch(self, inputs: str = '') -> Iterator[None]:
+        """Steps within depend on ``inputs`` and on the steps before the branch; those after it do
+        not depend on them.
+        """
         key = self.key
+        self.key = hashlib.sha256(f'{key} {inputs}'.encode()).hexdigest()
         yield
         self.key = key
 
@@ -213,13 +217,12 @@ def devices() -> dict[str, str]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a training, None if there is none."""
+    """The newest checkpoint of a training, whose folder may have been moved; None: none."""
     try:
-        path = Path((folder / 'last_checkpoint').read_text().strip())
+        path = folder / Path((folder / 'last_checkpoint').read_text().strip()).name
     except OSError:
         return None
-    places = (path if path.is_absolute() else ROOT / path, folder / path.name)  # or moved since
-    return next((place for place in places if place.is_file()), None)
+    return path if path.is_file() else None
 
 
 def train(
@@ -249,7 +252,8 @@ def train(
     def action(begun_before: bool) -> None:
         if not begun_before:
             shutil.rmtree(folder, ignore_errors=True)
-        resume = ['--resume'] if last_checkpoint(folder) else []
+        last = last_checkpoint(folder)
+        resume = [] if last is None else ['--resume', str(last)]
         arguments = ['tools/train.py', config, '--work-dir', str(folder), *resume]
         changes = [f'randomness.seed={seed}', *options]
         steps.run(*arguments, '--cfg-options', *changes, show=progress, env=env)
@@ -291,12 +295,12 @@ def test(
 
     def action(_: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        arguments = ['tools/test.py', config, str(checkpoint), '--work-dir', str(folder)]
-        arguments += [*flags, '--domains', *domains] if domains else [*flags]
+        arguments = ['tools/test.py', config, str(checkpoint), '--work-dir', str(folder), *flags]
+        arguments += ['--domains', *domains] if domains else []
         arguments += ['--cfg-options', *options] if options else []
         steps.run(*arguments, '--out-json', str(result), show=progress, env=env)
 
-    inputs = f'{config} {[*options]} {[*(env or {}).items()]} {[*domains, *flags]}'
+    inputs = f'{config} {[*options]} {[*(env or {}).items()]} {[*domains]} {[*flags]}'
     steps.step(f'test {folder.name}', what, action, inputs, [result])
     return json.loads(result.read_text())['metrics']
 
@@ -340,18 +344,21 @@ def claim(out: Path) -> Iterator[None]:
     """Hold the folder of a job, made if need be, against other processes.
 
     Raises:
-        StepError: One of them holds it.
+        StepError: One of them holds it, or it cannot be made.
     """
     from filelock import FileLock, Timeout
 
-    out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / '.lock', timeout=0)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise StepError(f'another job is at work in {out}: wait for it, or choose --out') from None
     except NotImplementedError:  # a file system without locks
         pass
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # the same
+            raise StepError(f'cannot work in {out}: {error.strerror}') from None
     try:
         yield
     finally:

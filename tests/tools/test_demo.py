@@ -145,6 +145,35 @@ def test_a_step_knows_that_it_was_begun_and_broke_off(tmp_path: Path) -> None:
     assert seen == [True, False]
 
 
+def test_a_training_whose_folder_was_moved_goes_on_from_its_own_checkpoint(
+    tmp_path: Path, monkeypatch
+) -> None:
+    folder = tmp_path / 'train'
+    commands: list[tuple] = []
+
+    def breaks_off(self, *arguments: str, **_) -> None:
+        commands.append(arguments)
+        folder.mkdir(exist_ok=True)
+        (folder / 'iter_3.pth').touch()
+        (folder / 'last_checkpoint').write_text('/elsewhere/train/iter_3.pth')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job.Steps, 'run', breaks_off)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            job.train(job.Steps(tmp_path, '', {}), 'train', 'c.py', folder, 0)
+    assert '--resume' not in commands[0]
+    place = commands[1].index('--resume')
+    assert commands[1][place + 1] == str(folder / 'iter_3.pth')
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys) -> None:
+    (tmp_path / 'file').touch()
+    for out in (tmp_path / 'file', tmp_path / 'file/sub'):
+        assert job.call('demo', lambda: 0, out) == 1
+        assert f'demo: cannot work in {out}: ' in capsys.readouterr().err
+
+
 def test_a_step_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(job.StepError, match='without writing'):
         job.Steps(tmp_path, 'a', {}).step('plan', 'plan', lambda _: None, '', [tmp_path / 'plan'])

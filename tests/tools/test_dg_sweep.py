@@ -117,6 +117,26 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(swept):
         }
 
 
+def test_a_second_sweep_in_the_folder_and_ray_that_does_not_start_are_one_line(
+    swept, tmp_path, capsys, monkeypatch
+):
+    config, out = swept[0], tmp_path / 'sweep'
+    with tool.claim(out):
+        assert tool.main(arguments(config, out)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f'dg_sweep: another job is at work in {out}: ')
+    ray = pytest.importorskip('ray')
+
+    def refuse(**_):
+        raise ConnectionError('no cluster there\nand more')
+
+    monkeypatch.setattr(ray, 'init', refuse)
+    assert tool.main(arguments(config, out, '--backend', 'ray')) == 2
+    assert capsys.readouterr().err == (
+        'dg_sweep: Ray does not start on this machine: no cluster there\n'
+    )
+
+
 def test_ray_and_an_uninterrupted_sweep_give_the_same_table_byte_for_byte(swept, tmp_path):
     pytest.importorskip('ray')
     config, killed, _ = swept

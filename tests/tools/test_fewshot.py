@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -114,3 +115,14 @@ def test_every_model_is_adapted_to_all_shots_and_nothing_is_done_twice(tmp_path,
     assert [(run['shots'], run['old']) for run in runs] == [
         (k, {'cheetah': 0.4}) for k in ('1', '2', 'all')
     ] * 2
+    # A model that was trained again is adapted again, and no other.
+    calls.clear()
+    os.utime(base / 'dense/iter_5.pth', (1, 1))
+    assert fewshot.main(command[:-2]) == 0
+    assert [tool for tool, _, _ in calls] == ['train', 'test'] * 3
+    assert all('dense' in arguments[0] for _, arguments, _ in calls)
+    # Other images: everything.
+    calls.clear()
+    write_atomically(data / 'bccd/train.json', '{"images": []}')
+    assert fewshot.main(command[:-2]) == 0
+    assert len(calls) == 2 + 1 + 6 * 2

@@ -660,7 +660,7 @@ def test_an_incomplete_archive_is_refused_and_what_is_missing_named(tmp_path, ca
     picture(src / 'training/image_2/000002.png', 100, 32)
     assert run('kitti', src, tmp_path) == 0
     report = capsys.readouterr().out
-    assert 'image_2 are in no split: 000003.png' in report
+    assert 'image_2: 1 images or folders are in no split: 000003.png' in report
     assert "1 boxes left out: no class 'Misc'" in report
     assert convert.main(['kitti', '--out', str(tmp_path), '--check']) == 0
     assert capsys.readouterr().out == 'kitti: in order\n'
@@ -822,6 +822,8 @@ def test_a_random_split_is_not_done_again_on_more_images(tmp_path, capsys):
     write(src / 'training/label_2/000003.txt', '')
     assert run('kitti', src, tmp_path, '--partial') == 2
     assert 'was made with other options (split): give --overwrite' in capsys.readouterr().err
+    (src / 'training/label_2/000002.txt').unlink()  # as many as before, but others
+    assert run('kitti', src, tmp_path, '--partial') == 2
     assert run('kitti', src, tmp_path, '--partial', '--overwrite') == 0
     assert convert.main(['kitti', '--out', str(tmp_path), '--check']) == 1
     assert 'do not belong here' not in capsys.readouterr().out
@@ -843,11 +845,15 @@ def test_an_annotation_that_is_missing_is_named_before_anything_is_written(
     assert names and f'{xml_file.stem}.jpg' not in names
 
 
-def test_a_slice_that_cannot_be_read_is_named(tmp_path, capsys):
-    make_deeplesion(tmp_path / 'owner')
-    path = tmp_path / 'owner/Images_png/000002_01_01/012.png'
-    path.write_bytes(path.read_bytes()[:45])
-    assert run('deeplesion', tmp_path / 'owner', tmp_path, '--partial') == 2
+@pytest.mark.parametrize(
+    ('domain', 'image'),
+    [('deeplesion', 'Images_png/000002_01_01/012.png'), ('dota', 'train/images/P0000.png')],
+)
+def test_an_image_that_breaks_off_is_named(domain, image, tmp_path, capsys):
+    more = MINIATURES[domain](tmp_path / 'owner')
+    path = tmp_path / 'owner' / image
+    path.write_bytes(path.read_bytes()[:45])  # the header and no pixel
+    assert run(domain, tmp_path / 'owner', tmp_path, '--partial', *more) == 2
     assert f'{path} is not a readable image' in capsys.readouterr().err
 
 

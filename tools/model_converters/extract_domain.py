@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to run from a clone, uninstalled
 
@@ -30,6 +31,18 @@ from mmengine.utils import import_modules_from_strings
 from mmdet_moe.models.checkpoint import checkpoint_weights, save_tensors
 from mmdet_moe.models.extract import extract_domain
 from mmdet_moe.planning.checks import write_atomically
+
+
+def load(path: str) -> dict:
+    """A checkpoint.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        return CheckpointLoader.load_checkpoint(path, map_location='cpu')
+    except (OSError, RuntimeError, UnpicklingError) as error:
+        raise ValueError(f'cannot read the checkpoint {path}: {error}') from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,9 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         import_modules_from_strings(**cfg.custom_imports)
     init_default_scope(cfg.get('default_scope', 'mmdet_moe'))
     try:
-        checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu')
+        checkpoint = load(args.checkpoint)
         plain, state, classes = extract_domain(cfg, checkpoint_weights(checkpoint), args.domain)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f'extract_domain: {error}', file=sys.stderr)
         return 2
     weights, config = args.out / f'{args.domain}.pth', args.out / f'{args.domain}.py'

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from uodb.layout import Box, Converter, Item, Picture, Reading, find
+from uodb.layout import Box, Converter, Item, Picture, Reading, find, readable
 
 SLICES = 32120
 #: Lesions of the owner's training and validation (22919 + 4889), and test.
@@ -89,11 +89,8 @@ def window_slice(pixels: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 
 
 def _load(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image)
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f'{path} is not a readable image: {error}') from None
+    with readable(path), Image.open(path) as image:
+        pixels = np.asarray(image)
     if pixels.ndim != 2 or pixels.dtype.itemsize < 2:
         raise ValueError(f'{path} is not a PNG of 16 bits')
     return pixels

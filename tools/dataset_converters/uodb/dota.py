@@ -22,6 +22,7 @@ from uodb.layout import (
     label_space,
     read_header,
     read_lines,
+    readable,
 )
 
 SIZES = {'train': 1411, 'test': 458}
@@ -109,7 +110,8 @@ def cut_boxes(boxes: list[Box], tile: tuple[int, int, int, int], min_share: floa
 
 @lru_cache(maxsize=1)
 def _open(path: Path) -> Image.Image:
-    return Image.open(path).convert('RGB')
+    with readable(path), Image.open(path) as image:
+        return image.convert('RGB')
 
 
 def _crop(path: Path, place: tuple[int, int, int, int]) -> Image.Image:

@@ -32,8 +32,8 @@ def read(args: argparse.Namespace) -> Reading:
     if unknown and not args.split_file:
         raise ValueError(f'--test-scenes: {args.src} has no {", ".join(unknown)}')
     if args.split_file:
-        splits, rule, unknown = split_items(args, items, lambda item: item.key, 0)
-        problems += unknown
+        splits, rule, unlisted = split_items(args, items, lambda item: item.key, 0)
+        problems += unlisted
     else:
         splits = {'train': [], 'test': []}
         for item in items:

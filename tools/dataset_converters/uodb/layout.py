@@ -26,7 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from mmdet_moe.planning.checks import short, write_atomically
 
@@ -196,7 +196,8 @@ def split_items(
     lists = args.split_file or lists
     if lists is None:
         splits = split_by_seed(items, group, test_share, args.seed)
-        return splits, f'random, seed {args.seed}, of {len(items)} images', []
+        names = hashlib.sha256('\n'.join(sorted(item.key for item in items)).encode()).hexdigest()
+        return splits, f'random, seed {args.seed}, of {len(items)} images {names[:8]}', []
     splits, problems = split_by_lists(items, dict(zip(SPLITS, lists, strict=True)))
     return splits, f'the lists with sha256 {digest(*lists)}', problems
 
@@ -302,7 +303,9 @@ def clean_box(
     return box, 'clipped' if clipped else None
 
 
-def fit(box: Box, width: int, height: int, classes: Container[str]) -> tuple[Any, str | None]:
+def fit(
+    box: Box, width: int, height: int, classes: Container[str]
+) -> tuple[list[float] | None, str | None]:
     """:func:`clean_box` of a box of ours.
 
     Args:
@@ -337,19 +340,29 @@ class Header:
     turned: bool
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """While the image file ``path`` is read.
+
+    Raises:
+        ValueError: It cannot be.
+    """
+    try:
+        yield
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f'{path} is not a readable image: {error}') from None
+
+
 def read_header(path: Path) -> Header:
     """The header of an image file.
 
     Raises:
         ValueError: It is not an image.
     """
-    try:
-        with Image.open(path) as image:
-            # Of a PNG, PIL would decode all pixels to see whether EXIF data come after them.
-            exif = image.getexif() if image.format != 'PNG' or 'exif' in image.info else {}
-            return Header(image.size, exif.get(ExifTags.Base.Orientation, 1) != 1)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f'{path} is not a readable image: {error}') from None
+    with readable(path), Image.open(path) as image:
+        # Of a PNG, PIL would decode all pixels to see whether EXIF data come after them.
+        exif = image.getexif() if image.format != 'PNG' or 'exif' in image.info else {}
+        return Header(image.size, exif.get(ExifTags.Base.Orientation, 1) != 1)
 
 
 def place(picture: Picture, target: Path, link: str) -> None:
@@ -420,7 +433,9 @@ def surplus(reading: Reading) -> list[str]:
             if path not in known and (path.suffix in IMAGES or path.is_dir())
         )
         if names:
-            lines.append(f'{len(names)} in {folder} are in no split: {short(names, 3)}')
+            lines.append(
+                f'{folder}: {len(names)} images or folders are in no split: {short(names, 3)}'
+            )
     return lines
 
 

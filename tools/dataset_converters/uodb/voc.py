@@ -86,7 +86,7 @@ def in_lists(root: Path) -> Iterator[Path]:
     """The images of all lists of ``root/ImageSets``, those of other tasks too."""
     names = {
         line.split()[0]
-        for path in (root / 'ImageSets').glob('*/*.txt')
+        for path in (root / 'ImageSets').glob('*/[!.]*.txt')
         for line in read_lines(path)
     }
     return (root / f'JPEGImages/{name}.jpg' for name in names)
