@@ -160,7 +160,6 @@ def _draw_pictures(config: Path, checkpoint: Path, out: Path) -> None:
 
 def run_demo(out: Path, seed: int) -> int:
     """All steps; the exit code."""
-    out.mkdir(parents=True, exist_ok=True)
     data, plan = out / 'data', out / 'plan.json'
     env = {'MMDET_MOE_DEMO_DATA': f'{data}/', 'DEMO_PLAN': str(plan)}
     env |= {'OMP_NUM_THREADS': job.threads(), **job.devices()}

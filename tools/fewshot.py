@@ -28,12 +28,12 @@ from pathlib import Path
 import steps as job
 from mini_uodb import Budget
 
-sys.path.insert(0, str(job.ROOT))  # to run from a clone, uninstalled
 sys.path.insert(0, str(job.ROOT / 'tools/analysis_tools'))
 
 from compare_runs import AVERAGES, markdown_table
 from fewshot_split import OTHERS, split_path
 
+from mmdet_moe.jobs.job import last_checkpoint
 from mmdet_moe.planning.checks import write_atomically
 from mmdet_moe.planning.table import text_table
 from mmdet_moe.visualization.shot_figure import ALL, Adapted, draw_shots
@@ -65,7 +65,6 @@ def run(
     before = {name: base_metrics(base, name) for name in models}
     checkpoints = {name: base_checkpoint(base, name) for name in models}
     plan = base / 'plan.json'
-    out.mkdir(parents=True, exist_ok=True)
     env = {'MINI_UODB': f'{data}/', 'BASE_PLAN': str(plan), 'OMP_NUM_THREADS': job.threads()}
     env |= job.devices()
     images = hashlib.sha256(source.read_bytes()).hexdigest()
@@ -135,12 +134,12 @@ def make_plan(steps: job.Steps, config: str, env: Mapping[str, str]) -> None:
 
 def base_checkpoint(base: Path, name: str) -> Path:
     """The checkpoint of the model trained without the newcomer."""
-    checkpoint = job.last_checkpoint(base / name)
+    checkpoint = last_checkpoint(base / name)
     if checkpoint is None:
         raise job.StepError(
             f'{base} has no trained {name!r}: run tools/mini_uodb.py --hold-out {NEWCOMER} first'
         )
-    return checkpoint
+    return Path(checkpoint)
 
 
 def base_metrics(base: Path, name: str) -> dict[str, float]:

@@ -131,7 +131,6 @@ def run(
 ) -> int:
     """All steps; the exit code."""
     domains = domains_of(data, held_out)
-    out.mkdir(parents=True, exist_ok=True)
     configs = SUITES[suite]
     plan = out / 'plan.json'
     env = {'MINI_UODB': f'{data}/', 'MINI_UODB_PLAN': str(plan)}
@@ -195,6 +194,7 @@ def singles(
 ) -> list[str]:
     """A dense model for every domain alone; together they have the steps of one of the others."""
     options = budget.train_options((budget.start_steps + budget.steps) // len(domains))
+    test_options = budget.test_options()
     tests = []
     for domain in domains:
         env, folder = {'SINGLE_DOMAIN': domain}, out / f'test-single-{domain}'
@@ -202,8 +202,7 @@ def singles(
             what, to = f'train dense {domain} (seed {seed})', out / f'single-{domain}'
             checkpoint = job.train(steps, what, config, to, seed, options, env)
             what = f'test dense {domain}'
-            options_of_test = budget.test_options()
-            job.test(steps, what, config, checkpoint, folder, options_of_test, env, flags=READINGS)
+            job.test(steps, what, config, checkpoint, folder, test_options, env, flags=READINGS)
         tests.append(f'single={folder / "metrics.json"}')
     return tests
 

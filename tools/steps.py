@@ -25,6 +25,10 @@ from pathlib import Path
 from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # to run from a clone, uninstalled
+
+from mmdet_moe.jobs.job import last_checkpoint  # noqa: E402
+
 T = TypeVar('T')
 
 
@@ -216,15 +220,6 @@ def devices() -> dict[str, str]:
     return {}
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a training, whose folder may have been moved; None: none."""
-    try:
-        path = folder / Path((folder / 'last_checkpoint').read_text().strip()).name
-    except OSError:
-        return None
-    return path if path.is_file() else None
-
-
 def train(
     steps: Steps,
     what: str,
@@ -253,7 +248,7 @@ def train(
         if not begun_before:
             shutil.rmtree(folder, ignore_errors=True)
         last = last_checkpoint(folder)
-        resume = [] if last is None else ['--resume', str(last)]
+        resume = [] if last is None else ['--resume', last]
         arguments = ['tools/train.py', config, '--work-dir', str(folder), *resume]
         changes = [f'randomness.seed={seed}', *options]
         steps.run(*arguments, '--cfg-options', *changes, show=progress, env=env)
@@ -264,7 +259,7 @@ def train(
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise StepError(f'training left no checkpoint in {folder}')
-    return checkpoint
+    return Path(checkpoint)
 
 
 def test(
